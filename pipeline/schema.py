@@ -1,0 +1,169 @@
+"""The Arrow schema of every boundary, their versions, and the footer metadata: the contract with consumers.
+
+Between stages a unit travels as one table, one row per object, in key order:
+
+    objects   (plan -> fetch)       what the listing said
+    decoded   (preprocess -> label) objects + outcome so far + pixels
+    labeled   (label -> parts)      objects + outcome + labels + embedding; a staged part is this table
+
+A failure is marked in place (`failure_kind` is not null), so no stage drops, adds or moves a row.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Version of everything below. A reader refuses a higher one."""
+
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+OBJECTS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),  # relative to the source's root; its exact bytes
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("version_id", pa.string()),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("last_modified", _TIMESTAMP),
+        pa.field("storage_class", pa.string()),
+        # For images inside a container file (tar, Parquet): where; null for a loose object.
+        pa.field("container", pa.string()),
+        pa.field("container_row", pa.int64()),
+    ]
+)
+
+UNITS = pa.schema(
+    [
+        pa.field("unit_id", pa.string(), nullable=False),
+        pa.field("num_objects", pa.int64(), nullable=False),
+        pa.field("encoded_bytes", pa.int64(), nullable=False),
+        pa.field("objects", pa.list_(pa.struct(list(OBJECTS))), nullable=False),
+    ]
+)
+
+_OUTCOME = [
+    pa.field("width_px", pa.int32()),
+    pa.field("height_px", pa.int32()),
+    pa.field("failure_kind", pa.string()),  # null: no failure so far
+    pa.field("failure_stage", pa.string()),
+    pa.field("failure_message", pa.string()),
+]
+
+# Pixels are large_binary, not a tensor column: zero-copy both ways, nulls cost nothing, no Ray extension type.
+DECODED = pa.schema([*OBJECTS, *_OUTCOME, pa.field("pixels", pa.large_binary())])
+
+
+def embedding_type(dim: int) -> pa.DataType:
+    """Type of the embedding column: float32, `dim` values, no nulls inside.
+
+    The child is named `element`, because BYTE_STREAM_SPLIT is silently ignored unless the leaf's path is exactly
+    `embedding.list.element`.
+    """
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), dim)
+
+
+def labeled(embedding_dim: int | None) -> pa.Schema:
+    """Schema of a labeled unit and of a staged part. `embedding_dim` is None for runs without embeddings.
+
+    A failed row has empty label lists and a zero vector.
+    """
+    fields = [
+        *OBJECTS,
+        *_OUTCOME,
+        pa.field("label_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("label_names", pa.list_(pa.string()), nullable=False),
+        pa.field("label_scores", pa.list_(pa.float32()), nullable=False),
+    ]
+    if embedding_dim is not None:
+        fields.append(pa.field("embedding", embedding_type(embedding_dim), nullable=False))
+    return pa.schema(fields)
+
+
+def labels(embedding_dim: int | None) -> pa.Schema:
+    """Schema of `labels/`: one row per labeled image, sorted by uri."""
+    fields = [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("version_id", pa.string()),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("last_modified", _TIMESTAMP),
+        pa.field("width_px", pa.int32(), nullable=False),
+        pa.field("height_px", pa.int32(), nullable=False),
+        pa.field("label_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("label_names", pa.list_(pa.string()), nullable=False),
+        pa.field("label_scores", pa.list_(pa.float32()), nullable=False),
+        pa.field("model_id", pa.string(), nullable=False),
+        pa.field("model_revision", pa.string(), nullable=False),
+        pa.field("space_id", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("run_seq", pa.int64(), nullable=False),
+    ]
+    if embedding_dim is not None:
+        fields.append(pa.field("embedding", embedding_type(embedding_dim), nullable=False))
+    return pa.schema(fields)
+
+
+FAILURES = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("version_id", pa.string()),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("last_modified", _TIMESTAMP),
+        pa.field("failure_kind", pa.string(), nullable=False),
+        pa.field("failure_stage", pa.string(), nullable=False),
+        pa.field("failure_message", pa.string(), nullable=False),
+        pa.field("is_transient", pa.bool_(), nullable=False),
+        pa.field("space_id", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("run_seq", pa.int64(), nullable=False),
+    ]
+)
+
+DELETIONS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("space_id", pa.string(), nullable=False),
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("run_seq", pa.int64(), nullable=False),
+    ]
+)
+
+CATALOG = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("etag", pa.string()),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("last_modified", _TIMESTAMP),
+        pa.field("failure_kind", pa.string()),  # null: labeled
+        pa.field("run_seq", pa.int64(), nullable=False),  # the run that gave this outcome
+    ]
+)
+
+
+def image_id(uri: str) -> int:
+    """Positive 63-bit id of an image: the same in every run and for every model.
+
+    SHA-256 of the uri's UTF-8 bytes, first eight bytes big-endian, top bit cleared. Search indexes want integers; at
+    1e9 images there is a 5 % chance of one collision, so the uri stays the key.
+    """
+    return int.from_bytes(hashlib.sha256(uri.encode()).digest()[:8], "big") >> 1
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hex, of `value` as canonical JSON (sorted keys, no spaces, UTF-8)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def with_metadata(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
+    """`schema` with `metadata` (strings) and the schema version as its footer metadata."""
+    return schema.with_metadata({"label_bucket.schema_version": str(SCHEMA_VERSION), **metadata})
