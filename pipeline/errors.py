@@ -3,9 +3,13 @@
     LabelBucketError            one line for the operator; `exit_code` is the process's
     ├── ConfigError        2    the request cannot work as given: change the command
     ├── SourceError        3    the source or the output cannot be read or written: change permissions or paths
+    │   ├── AbsentError         no such object, folder or bucket
+    │   ├── ForbiddenError      this identity may not do that
+    │   ├── ChangedError        the object is not the one that was listed
+    │   ├── UnstableError       the bytes do not match their listed length or MD5, also when read again
+    │   └── UnavailableError    no usable answer until the deadline: run the same command again, it resumes
     ├── BudgetError        4    too many images failed: look at them, or raise --max-failed-fraction and run again
-    ├── ConflictError      5    another run, another schema, or sums that do not add up: nothing was published
-    └── UnavailableError   3    storage did not answer until the deadline: run the same command again, it resumes
+    └── ConflictError      5    another run, another schema, or sums that do not add up: nothing was published
     ImageError                  one image's outcome: becomes a row in failures/, never ends a job
 
 A module of its own because every other one imports it, and because the policy (who stops, who retries, who gets a row)
@@ -31,6 +35,22 @@ class SourceError(LabelBucketError):
     """The source or the output cannot be listed, read or written as this identity."""
 
     exit_code = 3
+
+
+class AbsentError(SourceError):
+    """No such object, folder or bucket."""
+
+
+class ForbiddenError(SourceError):
+    """This identity may not do that, or there are no credentials."""
+
+
+class ChangedError(SourceError):
+    """The object is not the one that was listed: another etag, or another size, time or inode of a local file."""
+
+
+class UnstableError(SourceError):
+    """The bytes that arrive do not match the listed length or the MD5 in the etag, also when read again."""
 
 
 class UnavailableError(SourceError):

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Label every image below --input and publish labels and embeddings below --output. See --help."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+# Also without the package installed: from a checkout, or as the working directory of a Ray job.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.config import load_config
+from pipeline.errors import LabelBucketError
+
+_log = logging.getLogger("label_bucket")
+
+
+def main() -> int:
+    """Parse, connect, run; the exit code."""
+    try:
+        config = load_config(sys.argv[1:])
+        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        _quieten()
+        from pipeline.run import label_bucket
+
+        report = label_bucket(config, start_engine=_start_ray)
+        _log.info("exit code 0: %s", report.message)
+        return 0
+    except LabelBucketError as error:
+        print(f"label_bucket: exit code {error.exit_code}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _start_ray() -> None:
+    import ray
+
+    if ray.is_initialized():
+        return
+    # A bare ray.init() would join whatever cluster runs on this machine.
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "local"),
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+    )
+    # After ray.init, which installs its own handler. `ray job stop` sends SIGTERM, and SIGKILL three seconds later.
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    print("label_bucket: exit code 143: stopped; the same command resumes", file=sys.stderr)
+    raise SystemExit(143)
+
+
+def _quieten() -> None:
+    for name in ("ray", "botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

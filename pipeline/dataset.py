@@ -1,0 +1,218 @@
+"""Units -> parts on Ray Data: the only module that imports ray.data.
+
+    units ──> prepare (CPU task) ──> label (actor pool) ──> commit (CPU task) ──> one summary row per unit
+
+One unit is one block, one task in each stage, one part. Two settings keep it so: `target_max_block_size = None`, or
+big blocks would be split, and another `num_cpus` for every stage, or the engine would fuse neighbours with equal ones
+(there is no public switch, ray-project/ray#54433). A module of its own so that the wiring is one readable expression.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+
+from pipeline import parts, plan, storage
+from pipeline.checkpoint import Pooling, PreprocessSpec
+from pipeline.decode import DecodeLimits
+from pipeline.errors import ConfigError
+from pipeline.label import Device, Labeler
+from pipeline.prepare import prepare_unit
+
+UNITS_PER_WAVE = 4096
+"""Units in one Dataset: the driver's memory grows per block for the life of a Dataset (ray-project/ray#66016)."""
+NO_PROGRESS_TIMEOUT_S = 1800
+
+
+class Work(NamedTuple):
+    """One unit to do, and the file of the plan that holds its objects."""
+
+    unit_id: str
+    chunk_key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything a worker has to know; small, picklable, without secrets."""
+
+    input_url: str
+    output_url: str
+    run_id: str
+    spec: PreprocessSpec
+    limits: DecodeLimits
+    object_deadline_s: float
+    model: str
+    model_revision: str
+    weights_digest: str
+    pooling: Pooling
+    top_k: int
+    precision: Literal["auto", "fp32", "bf16"]
+    batch_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What the pool takes from the cluster."""
+
+    device: Device
+    num_actors: int
+    cluster_cpus: float
+    cluster_gpus: float
+
+    @property
+    def actor_cpus(self) -> float:
+        """Beside a GPU an actor only feeds it. Without one the model shares the cores with decoding, whose tasks must
+        always find a slot, so each takes half a core's slot and the operating system balances them."""
+        return 0.1 if self.device == "cuda" else 0.5
+
+    @property
+    def prepare_cpus(self) -> float:
+        """Slots of one prepare task; never equal to another stage's, see the module."""
+        return 1.0 if self.device == "cuda" and self.cluster_cpus >= 2 else 0.4
+
+
+COMMIT_CPUS = 0.05
+
+
+class UnitSummary(NamedTuple):
+    """What became of one unit, and the seconds its stages took."""
+
+    unit_id: str
+    num_rows: int
+    failures: dict[str, int]
+    prepare_s: float
+    decode_s: float
+    label_s: float
+    label_wait_s: float
+
+
+def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | None) -> Resources:
+    """Where the model runs and how often, from what the cluster has now. Never falls back from a GPU asked for.
+
+    Raises ConfigError for `cuda` without a GPU, and for more actors than there are devices.
+    """
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    chosen: Device = "cuda" if device == "cuda" or (device == "auto" and gpus >= 1) else "cpu"
+    most = int(gpus) if chosen == "cuda" else max(1, int(cpus))
+    if chosen == "cuda" and not most:
+        raise ConfigError(
+            f"--device cuda: expected GPUs, found a cluster with {cpus:g} CPUs and none; add GPU nodes, or use --device"
+            " cpu"
+        )
+    if num_actors is not None and num_actors > most:
+        unit = "GPUs" if chosen == "cuda" else "CPUs"
+        raise ConfigError(f"--gpu-actors: expected at most {most}, the {unit} of this cluster; found {num_actors}")
+    return Resources(device=chosen, num_actors=num_actors or most, cluster_cpus=cpus, cluster_gpus=gpus)
+
+
+def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
+    """Do the work, in waves, and give a summary of each unit as its part is committed, in no order."""
+    for wave in _batched(work, UNITS_PER_WAVE):
+        for row in build(task, resources, wave).iter_rows():
+            yield UnitSummary(**{**row, "failures": json.loads(row["failures"])})
+
+
+def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
+    """The pipeline over one wave of units."""
+    context = DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_options.verbose_progress = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    return (
+        ray.data.from_arrow([pa.table({"unit_id": [each.unit_id], "chunk_key": [each.chunk_key]}) for each in work])
+        .map_batches(
+            partial(_prepare, task),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(),
+            num_cpus=resources.prepare_cpus,
+        )
+        .map_batches(
+            _Label,
+            fn_constructor_args=(task, resources.device),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=resources.num_actors),
+            num_cpus=resources.actor_cpus,
+            num_gpus=1 if resources.device == "cuda" else None,
+        )
+        .map_batches(
+            partial(_commit, task),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=TaskPoolStrategy(),
+            num_cpus=COMMIT_CPUS,
+        )
+    )
+
+
+def _prepare(task: Task, work: pa.Table) -> pa.Table:
+    (row,) = work.to_pylist()
+    started_s = time.perf_counter()
+    objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
+    source = storage.connect(task.input_url)
+    table, decode_s = prepare_unit(source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s)
+    timings = {"prepare_s": time.perf_counter() - started_s, "decode_s": decode_s}
+    return _with_leading(table, {"unit_id": row["unit_id"], **timings})
+
+
+class _Label:
+    """The actor: `Labeler` with a clock."""
+
+    def __init__(self, task: Task, device: Device) -> None:
+        self._labeler = Labeler(
+            model=task.model,
+            revision=task.model_revision,
+            weights_digest=task.weights_digest,
+            spec=task.spec,
+            pooling=task.pooling,
+            top_k=task.top_k,
+            device=device,
+            precision=task.precision,
+            batch_size=task.batch_size,
+        )
+        self._idle_since_s = time.perf_counter()
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        started_s = time.perf_counter()
+        labeled = self._labeler(table)
+        ended_s = time.perf_counter()
+        timings = {"label_wait_s": started_s - self._idle_since_s, "label_s": ended_s - started_s}
+        self._idle_since_s = ended_s
+        return _with_leading(labeled, timings)
+
+
+def _commit(task: Task, table: pa.Table) -> pa.Table:
+    """Commit the whole units in `table`, which are usually one: an engine version may bundle small blocks."""
+    output = storage.connect(task.output_url)
+    summaries = []
+    leading = ("unit_id", "prepare_s", "decode_s", "label_s", "label_wait_s")
+    for unit_id in table.column("unit_id").unique().to_pylist():
+        unit = table.filter(pa.compute.equal(table.column("unit_id"), unit_id))
+        first = {name: unit.column(name)[0].as_py() for name in leading}
+        part = parts.write_part(output, task.run_id, unit_id, unit.drop_columns(list(leading)))
+        summaries.append({**first, "num_rows": part.num_rows, "failures": json.dumps(part.failures)})
+    return pa.Table.from_pylist(summaries)
+
+
+def _with_leading(table: pa.Table, values: dict[str, Any]) -> pa.Table:
+    for name, value in values.items():
+        table = table.add_column(0, name, pa.repeat(pa.scalar(value), len(table)))
+    return table
+
+
+def _batched(items: Iterable[Work], size: int) -> Iterator[list[Work]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch

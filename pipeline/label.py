@@ -1,0 +1,201 @@
+"""Decoded units -> labeled units: the actor that holds the model.
+
+One call takes one or more whole units as a table (schema.DECODED, with a `unit_id` column before it where there are
+several) and gives the same rows in the same order as schema.labeled.
+
+A module apart from `model`, because the driver and Ray's task machinery import it to name the actor class, and must not
+pay for torch: the import happens in the actor's constructor.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import checkpoint, schema
+from pipeline.errors import ConfigError, FailureKind
+
+if TYPE_CHECKING:
+    from pipeline.model import Precision, Prediction
+
+Device = Literal["cpu", "cuda"]
+
+DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 32, "cuda": 256}
+_ADDED = ("label_ids", "label_names", "label_scores", "embedding")
+
+
+def compute_precision(precision: Literal["auto", "fp32", "bf16"], device: Device) -> "Precision":
+    """What the model computes in: `auto` is bf16 on a GPU and fp32 on CPU."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device == "cuda" else "fp32"
+
+
+class Labeler:
+    """The actor. Built where it runs, from small picklable arguments; called with tables of whole units.
+
+    Micro-batches hold the decodable rows of one unit, at most `batch_size` of them, and the last one is padded to
+    that size: a row's result depends on its unit and on nothing that happened to travel with it.
+
+    `model` and `revision` are those of `checkpoint.resolve`, here on the actor's node; `weights_digest` is the one
+    that the driver saw, and finding another is a ConfigError. So are a device that is not there and a `top_k` larger
+    than the number of labels. `num_threads` is torch's on CPU, a fixed number because sums in another order differ in
+    the last bit.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None,
+        weights_digest: str,
+        spec: checkpoint.PreprocessSpec,
+        pooling: checkpoint.Pooling,
+        top_k: int,
+        device: Device,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        batch_size: int | None = None,
+        num_threads: int = 1,
+        cache_dir: Path | None = None,
+    ) -> None:
+        from pipeline import model as torch_model
+
+        found = checkpoint.resolve(model, revision, cache_dir=cache_dir)
+        if found.weights_digest != weights_digest:
+            raise ConfigError(
+                f"model {model}: expected weights with SHA-256 {weights_digest[:12]}…, found"
+                f" {found.weights_digest[:12]}… in {found.folder} on this node; was it overwritten during the run?"
+            )
+        if not 1 <= top_k <= len(found.label_names):
+            raise ConfigError(f"--top-k: expected 1 to {len(found.label_names)}, the labels of {model}; found {top_k}")
+        torch_model.prepare_process(num_threads if device == "cpu" else None)
+        self._classifier = torch_model.load(
+            found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
+        )
+        self._predict = torch_model.predict
+        self._label_names = np.array(found.label_names, dtype=object)
+        self._top_k = top_k
+        self._embedding_dim = None if pooling == "none" else found.embedding_dim
+        self._batch_BHWC = np.zeros(
+            (batch_size or DEFAULT_BATCH_SIZE[device], spec.input_px, spec.input_px, 3), dtype=np.uint8
+        )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Label a table of whole units. The pixels stay behind; columns before those of schema.DECODED pass through.
+
+        Rows that failed before have empty label lists and a zero vector; rows for which the model gave no finite
+        numbers become failures of kind `model_nonfinite`, stage `label`. Raises ValueError for a row that neither
+        failed nor has the pixels of one model input: a stage before this one is broken.
+        """
+        pixels = pixel_views(table["pixels"], self._batch_BHWC.shape[1:])
+        has_failed = table["failure_kind"].is_valid().to_numpy()
+        results = _Results(len(table), self._top_k, self._embedding_dim)
+        for unit in _unit_ranges(table):
+            rows = [row for row in unit if not has_failed[row]]
+            for start in range(0, len(rows), len(self._batch_BHWC)):
+                batch_rows = rows[start : start + len(self._batch_BHWC)]
+                self._fill([pixels[row] for row in batch_rows], [table["uri"][row] for row in batch_rows])
+                results.put(batch_rows, self._predict(self._classifier, self._batch_BHWC, top_k=self._top_k))
+        return self._to_table(table, results)
+
+    def _fill(self, images: list[npt.NDArray[np.uint8] | None], uris: list[pa.StringScalar]) -> None:
+        for position, (image, uri) in enumerate(zip(images, uris, strict=True)):
+            if image is None:
+                raise ValueError(f"{uri}: expected a failure or the pixels of one model input, found neither")
+            self._batch_BHWC[position] = image
+        self._batch_BHWC[len(images) :] = 0
+
+    def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
+        nonfinite = pa.array(results.is_nonfinite)
+        replaced = {
+            "failure_kind": FailureKind.MODEL_NONFINITE.value,
+            "failure_stage": "label",
+            "failure_message": "the model gave numbers that are not finite for this image",
+        }
+        leading = [name for name in table.column_names if name not in schema.DECODED.names]
+        wanted = schema.labeled(self._embedding_dim)
+        columns = [table[name] for name in leading]
+        for field in wanted:
+            if field.name in _ADDED:
+                columns.append(results.column(field, self._label_names))
+            elif field.name in replaced:
+                columns.append(pc.if_else(nonfinite, replaced[field.name], table[field.name]))
+            else:
+                columns.append(table[field.name])
+        fields = [*(table.schema.field(name) for name in leading), *wanted]
+        return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+
+
+class _Results:
+    """What the model said, by row of the table; zeros where it was not asked."""
+
+    def __init__(self, num_rows: int, top_k: int, embedding_dim: int | None) -> None:
+        self.label_ids = np.zeros((num_rows, top_k), dtype=np.int32)
+        self.scores = np.zeros((num_rows, top_k), dtype=np.float32)
+        self.embedding = np.zeros((num_rows, embedding_dim or 0), dtype=np.float32)
+        self.is_labeled = np.zeros(num_rows, dtype=bool)
+        self.is_nonfinite = np.zeros(num_rows, dtype=bool)
+
+    def put(self, rows: list[int], prediction: "Prediction") -> None:
+        """Store the first `len(rows)` rows of a padded batch's prediction."""
+        count = len(rows)
+        is_finite = prediction.is_finite_B[:count]
+        self.is_labeled[rows] = is_finite
+        self.is_nonfinite[rows] = ~is_finite
+        self.label_ids[rows] = prediction.label_ids_Bk[:count]
+        self.scores[rows] = prediction.scores_Bk[:count]
+        if prediction.embedding_BD is not None:
+            self.embedding[rows] = np.where(is_finite[:, None], prediction.embedding_BD[:count], 0)
+
+    def column(self, field: pa.Field, label_names: npt.NDArray[np.object_]) -> pa.Array:
+        """One of the columns that labeling adds, with the type of `field`."""
+        if field.name == "embedding":
+            return pa.FixedSizeListArray.from_arrays(pa.array(self.embedding.ravel()), type=field.type)
+        labeled_ids = self.label_ids[self.is_labeled].ravel()
+        values = {
+            "label_ids": labeled_ids,
+            "label_names": label_names[labeled_ids],
+            "label_scores": self.scores[self.is_labeled].ravel(),
+        }[field.name]
+        offsets = np.concatenate([[0], np.cumsum(self.is_labeled * self.label_ids.shape[1])]).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, field.type.value_type), type=field.type)
+
+
+def pixel_views(column: pa.ChunkedArray, shape: tuple[int, ...]) -> list[npt.NDArray[np.uint8] | None]:
+    """Each row of a large_binary column as a read-only view of `shape` into Arrow's buffer; None for nulls.
+
+    Raises ValueError for a value that is not the size of `shape`.
+    """
+    expected_bytes = int(np.prod(shape))
+    views: list[npt.NDArray[np.uint8] | None] = []
+    for chunk in column.chunks:
+        if chunk.null_count == len(chunk):  # also the empty chunk; neither needs to have buffers
+            views += [None] * len(chunk)
+            continue
+        _, offsets_buffer, data_buffer = chunk.buffers()
+        # Buffers know nothing of the slice that the chunk is.
+        offsets = np.frombuffer(offsets_buffer, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        data = np.frombuffer(data_buffer, np.uint8)
+        is_valid_rows = chunk.is_valid().to_numpy(zero_copy_only=False)
+        for is_valid, begin, end in zip(is_valid_rows, offsets[:-1], offsets[1:], strict=True):
+            if is_valid and end - begin != expected_bytes:
+                raise ValueError(f"expected {expected_bytes} bytes of pixels (uint8 {shape}), found {end - begin}")
+            views.append(data[begin:end].reshape(shape) if is_valid else None)
+    return views
+
+
+def _unit_ranges(table: pa.Table) -> Iterator[range]:
+    """The rows of each unit; the whole table if it does not say."""
+    if "unit_id" not in table.column_names:
+        yield range(len(table))
+        return
+    unit_ids = table["unit_id"].to_pylist()
+    begin = 0
+    for row in range(1, len(unit_ids) + 1):
+        if row == len(unit_ids) or unit_ids[row] != unit_ids[begin]:
+            yield range(begin, row)
+            begin = row

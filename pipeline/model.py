@@ -1,0 +1,178 @@
+"""A checkpoint -> a torch module that turns uint8 pixels into logits and a unit-length embedding in one forward pass.
+
+Shapes: B images, H = W = input size in px, C = 3 channels, T tokens, D embedding dimensions, K labels, k of them kept.
+
+A module of its own because it is the only one that imports torch and transformers: 4 s and several hundred MB that only
+the actors should pay.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.checkpoint import Checkpoint, Pooling, PreprocessSpec
+from pipeline.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "ViTForImageClassification": ViTForImageClassification,
+    "DeiTForImageClassification": DeiTForImageClassification,
+    "DeiTForImageClassificationWithTeacher": DeiTForImageClassificationWithTeacher,
+}
+_DISTILLED_HEADS = ["cls_classifier", "distillation_classifier"]
+_CLS, _DISTILLATION = 0, 1
+"""Positions of the two special tokens; a ViT has only the first, and its patches start at 1."""
+
+
+class Prediction(NamedTuple):
+    """What the model says of B images, on the CPU."""
+
+    label_ids_Bk: npt.NDArray[np.int32]
+    """By score, descending; equal scores by id, ascending."""
+    scores_Bk: npt.NDArray[np.float32]
+    """Softmax probabilities over all K labels."""
+    embedding_BD: npt.NDArray[np.float32] | None
+    """Of length 1; None with pooling `none`."""
+    is_finite_B: npt.NDArray[np.bool_]
+    """False: the model gave NaN, infinities or no direction, and this row's other values mean nothing."""
+
+
+class Classifier(torch.nn.Module):
+    """uint8 (B, H, W, 3) -> float32 logits (B, K) and float32 unit vectors (B, D), or None with pooling `none`."""
+
+    _mean: torch.Tensor
+    _std: torch.Tensor
+
+    def __init__(self, network: PreTrainedModel, spec: PreprocessSpec, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone = network.base_model
+        # In the order of the tokens they read.
+        names = _DISTILLED_HEADS if isinstance(network, DeiTForImageClassificationWithTeacher) else ["classifier"]
+        self.heads = torch.nn.ModuleList([network.get_submodule(name) for name in names])
+        self._num_special_tokens = 1 if isinstance(network, ViTForImageClassification) else 2
+        self._pooling = pooling
+        self._rescale_factor = spec.rescale_factor
+        self.register_buffer("_mean", torch.tensor(spec.image_mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("_std", torch.tensor(spec.image_std, dtype=torch.float32), persistent=False)
+
+    def forward(self, pixels_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See the class. The heads and the pooling work in float32 whatever the backbone computes in."""
+        # The same order of float32 operations as the Hugging Face image processors: rescale, then normalize.
+        normalized_BHWC = (pixels_BHWC.to(torch.float32) * self._rescale_factor - self._mean) / self._std
+        pixels_BCHW = normalized_BHWC.permute(0, 3, 1, 2).contiguous()
+        # The backbone casts its input to its own dtype, and ends with the final layernorm.
+        tokens_BTD = self.backbone(pixels_BCHW).last_hidden_state.float()
+        per_head_BK = [head(tokens_BTD[:, token]) for token, head in enumerate(self.heads)]
+        logits_BK = torch.stack(per_head_BK).mean(dim=0)
+        if self._pooling == "none":
+            return logits_BK, None
+        pooled_BD = self._pool(tokens_BTD)
+        return logits_BK, pooled_BD / torch.linalg.vector_norm(pooled_BD, dim=1, keepdim=True)
+
+    def _pool(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
+        match self._pooling:
+            case "pooled":
+                return tokens_BTD[:, : len(self.heads)].mean(dim=1)
+            case "cls":
+                return tokens_BTD[:, _CLS]
+            case "distillation":
+                return tokens_BTD[:, _DISTILLATION]
+            case _:
+                return tokens_BTD[:, self._num_special_tokens :].mean(dim=1)
+
+
+def load(
+    checkpoint: Checkpoint, spec: PreprocessSpec, *, pooling: Pooling, device: str, precision: Precision
+) -> Classifier:
+    """A `Classifier` in evaluation mode on `device` (`cpu` or `cuda`).
+
+    `pooling` says what the embedding is made of, always after the final layernorm: `pooled` is the mean of the tokens
+    that a head reads (CLS; for a distilled model CLS and the distillation token), `patch-mean` that of the patches.
+    `precision` is what the backbone computes in; its weights are stored as float32.
+
+    Raises ConfigError for a device that is not there, for `distillation` on a model whose heads do not read that token,
+    and for a checkpoint whose tensors are not exactly those of its architecture.
+    """
+    _check_device(device)
+    network = _load_network(checkpoint)
+    if pooling == "distillation" and not isinstance(network, DeiTForImageClassificationWithTeacher):
+        raise ConfigError(
+            f"model {checkpoint.source}: --embedding distillation needs a model with a distillation head, found"
+            f" {checkpoint.architecture}; use pooled, cls or patch-mean"
+        )
+    classifier = Classifier(network, spec, pooling).eval().requires_grad_(False)
+    if precision == "bf16":
+        classifier.backbone.to(torch.bfloat16)
+    return classifier.to(device)
+
+
+def predict(classifier: Classifier, pixels_BHWC: npt.NDArray[np.uint8], *, top_k: int) -> Prediction:
+    """Label B images: uint8 (B, H, W, 3), a writable C-contiguous array."""
+    device = next(classifier.parameters()).device
+    with torch.inference_mode():
+        logits_BK, embedding_BD = classifier(torch.from_numpy(pixels_BHWC).to(device))
+        # torch.topk promises no order among equal scores; a stable sort keeps the lower id first.
+        scores_BK, ids_BK = torch.softmax(logits_BK, dim=1).sort(dim=1, descending=True, stable=True)
+        is_finite_B = torch.isfinite(logits_BK).all(dim=1)
+        if embedding_BD is not None:
+            # One criterion for NaN, infinities, a zero vector and an overflowed norm: none has length 1.
+            is_finite_B &= (torch.linalg.vector_norm(embedding_BD, dim=1) - 1).abs() < 1e-3
+        return Prediction(
+            label_ids_Bk=ids_BK[:, :top_k].to(torch.int32).cpu().numpy(),
+            scores_Bk=scores_BK[:, :top_k].cpu().numpy(),
+            embedding_BD=None if embedding_BD is None else embedding_BD.cpu().numpy(),
+            is_finite_B=is_finite_B.cpu().numpy(),
+        )
+
+
+def prepare_process(num_threads: int | None) -> None:
+    """Fix what a forward pass here depends on besides its input: CPU threads, and no TF32 in place of float32."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # torch's modules lack it in their types
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"expected a CUDA device in this actor, found none (torch {torch.__version__}, built for CUDA"
+            f" {torch.version.cuda}); install a CUDA build where the actors run, give them GPUs, or use --device cpu"
+        )
+
+
+def _load_network(checkpoint: Checkpoint) -> PreTrainedModel:
+    where = f"model {checkpoint.source}"
+    # Its bar over 10 ms of loading would be lines in a job's log.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        # With output_loading_info it gives a pair, which its annotation does not say.
+        loaded: Any = _CLASSES[checkpoint.architecture].from_pretrained(
+            checkpoint.folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{where}: cannot be loaded as {checkpoint.architecture}: {first_line}") from error
+    network: PreTrainedModel
+    network, info = loaded
+    for problem in ("missing", "unexpected", "mismatched"):
+        names = sorted(map(str, info[f"{problem}_keys"]))
+        if names:
+            raise ConfigError(
+                f"{where}: expected exactly the tensors of {checkpoint.architecture}, found {len(names)} {problem}:"
+                f" {', '.join(names[:3])}{', …' if len(names) > 3 else ''}; is `architectures` in config.json right?"
+            )
+    return network

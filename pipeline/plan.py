@@ -1,0 +1,396 @@
+"""The listing ⟕ the last catalog -> immutable work units and deletions, sealed once and never computed again.
+
+    plan/<range>-<attempt>-<n>.units.parquet       schema.UNITS, attempt-private
+    plan/<range>-<attempt>-<n>.deletions.parquet   catalog rows of keys that are gone
+    plan/range-<range>.json                        put_if_absent: names the winning attempt's chunks
+    plan.json                                      put_if_absent: closes the plan
+
+A module of its own because everything downstream rests on this: on a resumed run the same units with the same ids come
+out, whatever the bucket looks like by then. One range covers the whole source for now; state and files are per range.
+"""
+
+import io
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import schema, storage
+from pipeline.errors import TRANSIENT, AbsentError, ConflictError, SourceError
+from pipeline.listing import Scope
+from pipeline.log import FileRef
+from pipeline.storage import ObjectInfo, Store
+
+MAX_UNIT_ROWS = 1024
+MAX_UNIT_INPUT_BYTES = 160_000_000
+"""Model input of a unit: what one task puts into the object store at once."""
+MAX_UNIT_ENCODED_BYTES = 512 * 2**20
+RAMP = ((16, 64), (16, 256))
+"""(units, rows): the first units of a range are small, so that a small bucket fills every core. Never depends on the
+cluster, or a resumed run would plan differently."""
+UNITS_PER_CHUNK = 16
+
+CatalogRow = Mapping[str, Any]
+"""A row of schema.CATALOG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One Parquet file of the plan: its key below the run's folder, its units' ids in order, and their sums."""
+
+    key: str
+    unit_ids: list[str]
+    num_objects: int
+    encoded_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The plan of one key range."""
+
+    range_id: str
+    chunks: list[Chunk]
+    deletions: list[str]
+    """Keys of the Parquet files with the catalog rows of objects that are gone."""
+    counts: dict[str, int]
+    """listed, filtered, unchanged, planned, deleted: objects."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A sealed plan."""
+
+    schema_version: int = schema.SCHEMA_VERSION
+    run_id: str
+    ranges: list[Range]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Every chunk, in key order."""
+        return [chunk for each in self.ranges for chunk in each.chunks]
+
+    @property
+    def num_units(self) -> int:
+        """Units of work."""
+        return sum(len(chunk.unit_ids) for chunk in self.chunks)
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes to read from the source."""
+        return sum(chunk.encoded_bytes for chunk in self.chunks)
+
+
+def read(output: Store, run_id: str) -> Plan | None:
+    """The sealed plan of a run, or None if its planning is not finished."""
+    data = storage.get_or_none(output, _seal_key(run_id))
+    if data is None:
+        return None
+    values = json.loads(data)
+    ranges = [Range(**{**each, "chunks": [Chunk(**chunk) for chunk in each["chunks"]]}) for each in values["ranges"]]
+    return Plan(**{**values, "ranges": ranges})
+
+
+def seal(output: Store, run_id: str, ranges: Sequence[Range]) -> Plan:
+    """Close the plan; the first seal wins. Returns what is sealed."""
+    counts = {name: sum(each.counts[name] for each in ranges) for name in ranges[0].counts}
+    plan = Plan(run_id=run_id, ranges=list(ranges), counts=counts)
+    output.put_if_absent(_seal_key(run_id), json.dumps(asdict(plan)).encode())
+    sealed = read(output, run_id)
+    assert sealed is not None
+    return sealed
+
+
+def plan_range(
+    input_url: str,
+    output_url: str,
+    run_id: str,
+    scope: Scope,
+    catalog: Sequence[FileRef],
+    *,
+    range_id: str = "0000",
+    max_unit_rows: int,
+    limit: int | None,
+    records_deletions: bool,
+) -> Range:
+    """Plan one key range: list, compare with the catalog, write the chunks, publish the range once.
+
+    Runs as one Ray task. Memory is that of a page of the listing, a row group of the catalog and a chunk of units. With
+    a `limit` the first so many objects in scope are looked at, changed or not.
+    """
+    output = storage.connect(output_url)
+    range_key = f"_runs/{run_id}/plan/range-{range_id}.json"
+    standing = storage.get_or_none(output, range_key)
+    if standing is None:
+        chunks = _Chunks(output, f"_runs/{run_id}/plan/{range_id}-{uuid.uuid4().hex[:8]}", input_url, max_unit_rows)
+        counts = _no_counts()
+        for change in _changes(input_url, output, scope, catalog, counts, limit, records_deletions=records_deletions):
+            chunks.add(change) if isinstance(change, ObjectInfo) else chunks.add_deletion(change)
+        chunks.close()
+        planned = Range(range_id=range_id, chunks=chunks.units, deletions=chunks.deletions, counts=counts)
+        standing = output.put_if_absent(range_key, json.dumps(asdict(planned)).encode())
+    values = json.loads(standing)
+    return Range(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+
+
+def count(
+    input_url: str,
+    output_url: str,
+    scope: Scope,
+    catalog: Sequence[FileRef],
+    *,
+    limit: int | None,
+    records_deletions: bool,
+) -> dict[str, int]:
+    """The counts that a plan would have now, without writing anything."""
+    counts = _no_counts()
+    output = storage.connect(output_url)
+    for _ in _changes(input_url, output, scope, catalog, counts, limit, records_deletions=records_deletions):
+        pass
+    return counts
+
+
+def _no_counts() -> dict[str, int]:
+    return dict.fromkeys(("listed", "filtered", "unchanged", "planned", "deleted"), 0)
+
+
+def _changes(
+    input_url: str,
+    output: Store,
+    scope: Scope,
+    catalog: Sequence[FileRef],
+    counts: dict[str, int],
+    limit: int | None,
+    *,
+    records_deletions: bool,
+) -> Iterator[ObjectInfo | CatalogRow]:
+    """Objects to label and catalog rows of objects that are gone, in key order; `counts` is kept up to date."""
+    listing = _listing(input_url, scope, counts)
+    for info, row in up_to_limit(merge_join(listing, read_catalog(output, catalog)), limit):
+        if info is None:
+            # Out of tonight's scope is not gone: only a full listing of the same scope shows that.
+            if records_deletions and row is not None:
+                counts["deleted"] += 1
+                yield row
+        elif row is not None and is_final(row, info):
+            counts["unchanged"] += 1
+        else:
+            counts["planned"] += 1
+            yield info
+
+
+def num_objects(output: Store, sealed: Plan, unit_ids: set[str]) -> int:
+    """Objects in these units. Reads only the chunks of which some, but not all, units are meant."""
+    total = 0
+    for chunk in sealed.chunks:
+        wanted = unit_ids.intersection(chunk.unit_ids)
+        if len(wanted) == len(chunk.unit_ids):
+            total += chunk.num_objects
+        elif wanted:
+            table = pq.read_table(io.BytesIO(output.get(chunk.key)), columns=["unit_id", "num_objects"])
+            total += sum(row["num_objects"] for row in table.to_pylist() if row["unit_id"] in wanted)
+    return total
+
+
+def max_unit_rows(input_px: int) -> int:
+    """Rows of the largest unit for a model that takes uint8 (input_px, input_px, 3)."""
+    return max(1, min(MAX_UNIT_ROWS, MAX_UNIT_INPUT_BYTES // (input_px * input_px * 3)))
+
+
+def unit_id(objects: pa.Table) -> str:
+    """Identity of a unit: SHA-256 (first 32 hex digits) over its objects' keys, etags, sizes and places, in order."""
+    names = ("key", "etag", "size_bytes", "container", "container_row")
+    return schema.digest([objects.column(name).to_pylist() for name in names])[:32]
+
+
+def read_unit(output: Store, chunk_key: str, wanted_unit_id: str) -> pa.Table:
+    """The objects of one unit, as schema.OBJECTS."""
+    chunk = pq.read_table(io.BytesIO(output.get(chunk_key)))
+    ids = chunk.column("unit_id").to_pylist()
+    if wanted_unit_id not in ids:
+        raise ConflictError(f"{output.root}/{chunk_key}: expected unit {wanted_unit_id}, found {ids}")
+    objects = chunk.column("objects").combine_chunks().slice(ids.index(wanted_unit_id), 1).flatten()
+    return pa.Table.from_struct_array(objects).cast(schema.OBJECTS)
+
+
+# --- the join -----------------------------------------------------------------------------------------------------
+
+
+def merge_join(
+    listing: Iterator[ObjectInfo], catalog: Iterator[CatalogRow]
+) -> Iterator[tuple[ObjectInfo | None, CatalogRow | None]]:
+    """Full outer join of two streams sorted by key. Raises SourceError if the listing is not sorted or repeats a key.
+
+    Python compares strings by code point, which is the order of their UTF-8 bytes.
+    """
+    row = next(catalog, None)
+    previous: str | None = None
+    for info in listing:
+        if previous is not None and info.key <= previous:
+            raise SourceError(
+                f"the listing is not in order: {info.key!r} came after {previous!r}; run the command again"
+            )
+        previous = info.key
+        while row is not None and row["key"] < info.key:
+            yield None, row
+            row = next(catalog, None)
+        if row is not None and row["key"] == info.key:
+            yield info, row
+            row = next(catalog, None)
+        else:
+            yield info, None
+    while row is not None:
+        yield None, row
+        row = next(catalog, None)
+
+
+def is_final(row: CatalogRow, info: ObjectInfo) -> bool:
+    """Whether the catalog's outcome still holds: the same object, and not a failure that may pass by itself."""
+    same = (row["etag"], row["size_bytes"]) == (info.etag, info.size_bytes)
+    if info.etag is None:
+        same = same and row["last_modified"] == info.last_modified
+    return same and row["failure_kind"] not in TRANSIENT
+
+
+def up_to_limit(
+    joined: Iterator[tuple[ObjectInfo | None, CatalogRow | None]], limit: int | None
+) -> Iterator[tuple[ObjectInfo | None, CatalogRow | None]]:
+    """The join up to and including its `limit`-th listed object."""
+    if limit is None:
+        yield from joined
+        return
+    remaining = limit
+    for info, row in joined:
+        yield info, row
+        remaining -= info is not None
+        if not remaining:
+            return
+
+
+def _listing(input_url: str, scope: Scope, counts: dict[str, int]) -> Iterator[ObjectInfo]:
+    for page in scope.pages(storage.connect(input_url)):
+        for info, is_in_scope in page:
+            counts["listed"] += 1
+            if is_in_scope:
+                yield info
+            else:
+                counts["filtered"] += 1
+
+
+def read_catalog(output: Store, files: Sequence[FileRef]) -> Iterator[CatalogRow]:
+    """Rows of a space's catalog, sorted by key, a row group in memory. Damage is ConflictError."""
+    for ref in files:
+        try:
+            file = pq.ParquetFile(io.BytesIO(output.get(ref.key)))
+        except (AbsentError, pa.ArrowInvalid) as error:
+            raise ConflictError(
+                f"{output.root}/{ref.key}: the log names this catalog file, found {storage.describe(error)}; restore it"
+            ) from error
+        for batch in file.iter_batches(batch_size=16_384):
+            yield from batch.to_pylist()
+
+
+# --- units --------------------------------------------------------------------------------------------------------
+
+
+class _Chunks:
+    """Collects objects into units and units into chunk files."""
+
+    def __init__(self, output: Store, key_prefix: str, input_url: str, max_unit_rows: int) -> None:
+        self.units: list[Chunk] = []
+        self.deletions: list[str] = []
+        self._output, self._key_prefix, self._root = output, key_prefix, input_url
+        self._row_limits = _row_limits(max_unit_rows)
+        self._row_limit = next(self._row_limits)
+        self._unit: list[ObjectInfo] = []
+        self._unit_bytes = 0
+        self._tables: list[pa.Table] = []
+        self._deleted: list[CatalogRow] = []
+
+    def add(self, info: ObjectInfo) -> None:
+        if self._unit and (
+            len(self._unit) == self._row_limit or self._unit_bytes + info.size_bytes > MAX_UNIT_ENCODED_BYTES
+        ):
+            self._close_unit()
+        self._unit.append(info)
+        self._unit_bytes += info.size_bytes
+
+    def add_deletion(self, row: CatalogRow) -> None:
+        self._deleted.append(row)
+        if len(self._deleted) == 65_536:
+            self._write_deletions()
+
+    def close(self) -> None:
+        if self._unit:
+            self._close_unit()
+        if self._tables:
+            self._write_units()
+        if self._deleted:
+            self._write_deletions()
+
+    def _close_unit(self) -> None:
+        self._tables.append(objects_table(self._root, self._unit))
+        self._unit, self._unit_bytes, self._row_limit = [], 0, next(self._row_limits)
+        if len(self._tables) == UNITS_PER_CHUNK:
+            self._write_units()
+
+    def _write_units(self) -> None:
+        ids = [unit_id(table) for table in self._tables]
+        sizes = [sum(table.column("size_bytes").to_pylist()) for table in self._tables]
+        offsets = [0]
+        for table in self._tables:
+            offsets.append(offsets[-1] + len(table))
+        objects = pa.concat_tables(self._tables).combine_chunks().to_struct_array().combine_chunks()
+        nested = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), objects)
+        rows = [len(table) for table in self._tables]
+        chunk = pa.table([ids, rows, sizes, nested], names=schema.UNITS.names).cast(schema.UNITS)
+        key = f"{self._key_prefix}-{len(self.units):05d}.units.parquet"
+        self._output.put_if_absent(key, to_parquet(chunk))
+        self.units.append(Chunk(key=key, unit_ids=ids, num_objects=sum(rows), encoded_bytes=sum(sizes)))
+        self._tables = []
+
+    def _write_deletions(self) -> None:
+        key = f"{self._key_prefix}-{len(self.deletions):05d}.deletions.parquet"
+        self._output.put_if_absent(key, to_parquet(pa.Table.from_pylist(self._deleted, schema.CATALOG)))
+        self.deletions.append(key)
+        self._deleted = []
+
+
+def objects_table(root: str, infos: Sequence[ObjectInfo]) -> pa.Table:
+    """Listed objects below `root` as schema.OBJECTS."""
+    return pa.table(
+        {
+            "key": [info.key for info in infos],
+            "uri": [f"{root}/{info.key}" for info in infos],
+            "etag": [info.etag for info in infos],
+            "version_id": [info.version_id for info in infos],
+            "size_bytes": [info.size_bytes for info in infos],
+            "last_modified": [info.last_modified for info in infos],
+            "storage_class": [info.storage_class for info in infos],
+            "container": [None] * len(infos),
+            "container_row": [None] * len(infos),
+        },
+        schema.OBJECTS,
+    )
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """`table` as the bytes of a Parquet file for our own use."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", compression_level=1)
+    return sink.getvalue()
+
+
+def _row_limits(largest: int) -> Iterator[int]:
+    for num_units, rows in RAMP:
+        yield from (min(rows, largest) for _ in range(num_units))
+    while True:
+        yield largest
+
+
+def _seal_key(run_id: str) -> str:
+    return f"_runs/{run_id}/plan.json"

@@ -1,0 +1,161 @@
+"""Counters of a run -> what the operator sees while it runs, and the report at its end.
+
+On a terminal a progress bar, in a job's log one line per interval, both with the same figures. A module of its own so
+that every number a person reads is computed in one place.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from pipeline import schema, storage
+from pipeline.dataset import UnitSummary
+from pipeline.storage import Store
+
+LOG_INTERVAL_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts units as they are committed and shows it. `num_done_before` images have parts from an earlier attempt."""
+
+    def __init__(
+        self,
+        num_images: int,
+        num_done_before: int = 0,
+        *,
+        stream: TextIO = sys.stderr,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_images = num_images
+        self.num_done = num_done_before
+        self.failures: Counter[str] = Counter()
+        self.stage_s: Counter[str] = Counter()
+        self._num_done_before = num_done_before
+        self._clock_s = clock_s
+        self._started_s = self._next_line_s = clock_s()
+        self._bar: Any = None
+        if stream.isatty():
+            self._bar = tqdm(total=num_images, initial=num_done_before, unit="img", file=stream, dynamic_ncols=True)
+
+    def add(self, unit: UnitSummary) -> None:
+        """Count one committed unit, and show the state if it is time to."""
+        self.num_done += unit.num_rows
+        self.failures.update(unit.failures)
+        for name in ("prepare_s", "decode_s", "label_s", "label_wait_s"):
+            self.stage_s[name] += getattr(unit, name)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._failures_text()}, {self.bottleneck()}", refresh=False)
+            self._bar.update(unit.num_rows)
+        elif self._clock_s() >= self._next_line_s or self.num_done == self.num_images:
+            self._next_line_s = self._clock_s() + LOG_INTERVAL_S
+            _log.info("%s", self.line())
+
+    def close(self) -> None:
+        """Leave the terminal with the bar's last state."""
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def images_per_s(self) -> float:
+        """Images of this attempt per second since it began to label."""
+        return (self.num_done - self._num_done_before) / max(self._clock_s() - self._started_s, 1e-9)
+
+    def line(self) -> str:
+        """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
+        left_s = (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0
+        eta = f"{int(left_s) // 3600}:{int(left_s) // 60 % 60:02d}:{int(left_s) % 60:02d}"
+        return (
+            f"{self.num_done:,}/{self.num_images:,} images, {self.images_per_s:,.0f} images/s, {self._failures_text()},"
+            f" ETA {eta}, {self.bottleneck()}"
+        )
+
+    def bottleneck(self) -> str:
+        """Which stage waits for which: the share of their time that the model's actors waited for input."""
+        total_s = self.stage_s["label_s"] + self.stage_s["label_wait_s"]
+        if not total_s:
+            return "starting"
+        share = self.stage_s["label_wait_s"] / total_s
+        return (
+            f"model waits {share:.0%} of the time for images"
+            if share > 0.2
+            else f"images wait, model busy {1 - share:.0%}"
+        )
+
+    def _failures_text(self) -> str:
+        if not self.failures:
+            return "0 failed"
+        kinds = ", ".join(f"{number} {kind}" for kind, number in self.failures.most_common())
+        return f"{self.failures.total():,} failed ({kinds})"
+
+
+@dataclass(kw_only=True)
+class Report:
+    """One run as a whole: `_runs/<run_id>/report.json`."""
+
+    schema_version: int = schema.SCHEMA_VERSION
+    run_id: str = ""
+    exit_code: int | None = None
+    """None while the run goes on."""
+    message: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    run_date: str = ""
+    model_id: str = ""
+    model_revision: str = ""
+    space_id: str = ""
+    device: str = ""
+    precision: str = ""
+    num_actors: int = 0
+    num_units: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=dict)
+    """Seconds summed over workers in this attempt: prepare (of it decode), label, and label waiting for input."""
+    images_per_s: float = 0.0
+    """While labeling, in this attempt."""
+    published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    started_at: str = ""
+    ended_at: str = ""
+
+    def write(self, output: Store) -> None:
+        """Overwrite the report of this run."""
+        data = json.dumps(asdict(self), indent=1, ensure_ascii=False).encode()
+        output.put(f"_runs/{self.run_id}/report.json", data)
+
+
+class Heartbeat:
+    """An advisory sign of life, so that a second driver of the same run can be announced. Never decides anything."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self, output: Store, run_id: str, owner: str) -> None:
+        self._output, self._owner = output, owner
+        self._key = f"_runs/{run_id}/heartbeat.json"
+        self._next_s = 0.0
+
+    def other(self) -> str | None:
+        """Who else showed a sign of life within two intervals."""
+        data = storage.get_or_none(self._output, self._key)
+        if data is None:
+            return None
+        beat = json.loads(data)
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(beat["at"])).total_seconds()
+        is_alive = beat["owner"] != self._owner and age_s < 2 * self.INTERVAL_S
+        return f"{beat['owner']}, {age_s:.0f} s ago" if is_alive else None
+
+    def beat(self) -> None:
+        """Show a sign of life, at most once per interval."""
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + self.INTERVAL_S
+            beat = {"owner": self._owner, "at": datetime.now(UTC).isoformat()}
+            self._output.put(self._key, json.dumps(beat).encode())

@@ -1,0 +1,289 @@
+"""The model's input is, bit for bit, that of the Hugging Face processor, or that of the paper's evaluation."""
+
+import json
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from transformers import AutoImageProcessor
+
+import images
+from pipeline.checkpoint import PreprocessMode, PreprocessSpec
+from pipeline.decode import decode
+from pipeline.errors import ConfigError
+from pipeline.preprocess import preprocess, spec_from_config
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+# The text of facebook/deit-*'s files, and of fine-tunes made with ViT's feature extractor, as of 2021.
+DEIT_2021: dict[str, Any] = {
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "DeiTFeatureExtractor",
+    **IMAGENET,
+    "resample": 3,
+    "size": 256,
+}
+DEIT_384_2021 = DEIT_2021 | {"crop_size": 384, "size": 438}
+VIT_2021: dict[str, Any] = {
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "ViTFeatureExtractor",
+    **IMAGENET,
+    "resample": 2,
+    "size": 224,
+}
+DEIT_TODAY: dict[str, Any] = {
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    **IMAGENET,
+    "image_processor_type": "DeiTImageProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"height": 256, "width": 256},
+}
+CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
+    "deit 2021": (DEIT_2021, 224),
+    "deit 384 2021": (DEIT_384_2021, 384),
+    "vit 2021": (VIT_2021, 224),
+    "deit today": (DEIT_TODAY, 224),
+    "deit today, nulls of the fast processor": (
+        DEIT_TODAY
+        | {"image_processor_type": "DeiTImageProcessorFast", "do_pad": None, "data_format": "channels_first"},
+        224,
+    ),
+    "shortest edge": (DEIT_TODAY | {"size": {"shortest_edge": 235}, "resample": 1}, 224),
+    "odd crop": (DEIT_TODAY | {"size": {"height": 256, "width": 301}, "crop_size": 231}, 231),
+    "crop larger than the resize": (DEIT_TODAY | {"size": {"height": 101, "width": 300}}, 224),
+    "crop without resize": (DEIT_TODAY | {"do_resize": False}, 224),
+    "no normalization": (DEIT_TODAY | {"do_normalize": False}, 224),
+}
+
+
+def processor(config: dict[str, Any], folder: Path) -> Any:
+    """Hugging Face's own, made from the same text as our spec."""
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+
+def reference_pixels(huggingface: Any, image: Image.Image) -> npt.NDArray[np.uint8]:
+    """uint8 (h, w, 3) of the processor with the arithmetic after resize and crop switched off."""
+    pixels = huggingface(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    return np.moveaxis(pixels, 0, -1)
+
+
+def upright_photos() -> list[tuple[str, Image.Image]]:
+    """Photos in every orientation and mode, through the real decoder."""
+    decoded = []
+    for index, (name, path) in enumerate(images.bundled_photos().items()):
+        photo = decode(path.read_bytes())
+        photo.thumbnail((520, 520))
+        decoded.append((name, photo))
+        for orientation in range(1, 9):
+            stored_as = images.ORIENTED_FORMATS[(index + orientation) % len(images.ORIENTED_FORMATS)]
+            options = {"speed": 10} if stored_as == "AVIF" else {}
+            data = images.encode_oriented(photo, orientation, stored_as, **options)
+            decoded.append((f"{name} {stored_as} orientation {orientation}", decode(data)))
+    decoded += [(name, decode(data)) for name, data in images.samples().items()]
+    shapes = ((1, 1), (1, 300), (300, 1), (2, 3), (224, 224), (256, 256), (225, 223), (256, 438), (640, 257))
+    decoded += [(f"texture {width}x{height}", images.texture(width, height)) for width, height in shapes]
+    return decoded
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[tuple[str, Image.Image]]:
+    return upright_photos()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoint_mode_gives_the_bits_of_the_hugging_face_processor(
+    name: str, photos: list[tuple[str, Image.Image]], tmp_path: Path
+) -> None:
+    config, input_px = CONFIGS[name]
+    huggingface = processor(config, tmp_path)
+    assert type(huggingface).__name__.endswith("Pil")
+    spec = spec_from_config(config, mode="checkpoint", input_px=input_px)
+    for photo_name, photo in photos:
+        pixels = preprocess(photo, spec)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape == (input_px, input_px, 3)
+        assert pixels.flags.c_contiguous
+        assert np.array_equal(pixels, reference_pixels(huggingface, photo)), photo_name
+
+
+@pytest.mark.parametrize("path", images.operator_photos(), ids=lambda path: path.name)
+def test_checkpoint_mode_gives_the_bits_of_the_hugging_face_processor_on_the_operators_photos(
+    path: Path, tmp_path: Path
+) -> None:
+    photo = decode(path.read_bytes())
+    spec = spec_from_config(DEIT_2021, mode="checkpoint", input_px=224)
+    assert np.array_equal(preprocess(photo, spec), reference_pixels(processor(DEIT_2021, tmp_path), photo))
+    paper = spec_from_config(DEIT_384_2021, mode="paper", input_px=384)
+    assert np.array_equal(preprocess(photo, paper), torchvision_formula(photo, 438, 384))
+
+
+@pytest.mark.parametrize("name", ["deit 2021", "deit 384 2021", "no normalization"])
+def test_rescale_and_normalize_of_the_spec_give_the_values_of_the_hugging_face_processor(
+    name: str, photos: list[tuple[str, Image.Image]], tmp_path: Path
+) -> None:
+    config, input_px = CONFIGS[name]
+    huggingface = processor(config, tmp_path)
+    spec = spec_from_config(config, mode="checkpoint", input_px=input_px)
+    for photo_name, photo in photos[:20]:
+        rescaled = (preprocess(photo, spec).astype(np.float64) * spec.rescale_factor).astype(np.float32)
+        values = (rescaled - np.float32(spec.image_mean)) / np.float32(spec.image_std)
+        expected = huggingface(photo, return_tensors="np")["pixel_values"][0]
+        difference = np.abs(np.moveaxis(values, -1, 0) - expected).max()
+        assert difference == 0, photo_name
+
+
+def torchvision_formula(image: Image.Image, edge_px: int, crop_px: int) -> npt.NDArray[np.uint8]:
+    """Resize(edge_px, BICUBIC) and CenterCrop(crop_px) of torchvision on a Pillow image, written out."""
+    width, height = image.size
+    short, long = sorted(image.size)
+    new_long = int(edge_px * long / short)
+    new_width, new_height = (edge_px, new_long) if width <= height else (new_long, edge_px)
+    resized = np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
+    top, left = int(round((new_height - crop_px) / 2.0)), int(round((new_width - crop_px) / 2.0))
+    return resized[top : top + crop_px, left : left + crop_px]
+
+
+@pytest.mark.parametrize(("config", "input_px", "edge_px"), [(DEIT_2021, 224, 256), (DEIT_384_2021, 384, 438)])
+def test_paper_mode_gives_the_bits_of_the_evaluation_transform(
+    config: dict[str, Any], input_px: int, edge_px: int, photos: list[tuple[str, Image.Image]]
+) -> None:
+    spec = spec_from_config(config, mode="paper", input_px=input_px)
+    assert spec.resize_hw_px == (edge_px, edge_px)
+    for photo_name, photo in photos:
+        if photo.size in ((1, 300), (300, 1)):
+            continue  # has its own test
+        expected = torchvision_formula(photo, edge_px, input_px)
+        assert np.array_equal(preprocess(photo, spec), expected), photo_name
+
+
+def test_paper_mode_rounds_the_crop_as_torchvision_and_checkpoint_mode_as_hugging_face() -> None:
+    photo = images.texture(343, 256)
+    paper = spec_from_config(DEIT_2021, mode="paper", input_px=224)
+    checkpoint = spec_from_config(DEIT_TODAY | {"size": {"shortest_edge": 256}}, mode="checkpoint", input_px=224)
+    pixels = np.asarray(photo)
+    assert np.array_equal(preprocess(photo, paper), pixels[16:240, 60:284])  # (343 - 224) / 2 = 59.5
+    assert np.array_equal(preprocess(photo, checkpoint), pixels[16:240, 59:283])
+
+
+def test_paper_mode_keeps_the_aspect_ratio_and_checkpoint_mode_does_not() -> None:
+    wide = Image.new("RGB", (800, 200), images.BLUE)
+    wide.paste(images.RED, (0, 0, 250, 200))
+    paper = preprocess(wide, spec_from_config(DEIT_2021, mode="paper", input_px=224))
+    squashed = preprocess(wide, spec_from_config(DEIT_2021, mode="checkpoint", input_px=224))
+    assert (paper == images.BLUE).all()
+    assert tuple(squashed[100, 10]) == images.RED
+    assert tuple(squashed[100, 200]) == images.BLUE
+
+
+@pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
+@pytest.mark.parametrize("mode", ["checkpoint", "paper"])
+def test_an_extremely_narrow_image_costs_little(size: tuple[int, int], mode: PreprocessMode) -> None:
+    spec = spec_from_config(DEIT_384_2021, mode=mode, input_px=384)
+    started = time.process_time()
+    pixels = preprocess(images.texture(*size), spec)
+    assert time.process_time() - started < 2
+    assert pixels.shape == (384, 384, 3)
+    assert pixels.std() > 1
+
+
+@pytest.mark.parametrize("size", [(5, 1500), (1500, 5), (7, 2000), (450, 130_000)])
+def test_a_narrow_image_is_resized_around_the_crop_as_if_it_were_resized_whole(size: tuple[int, int]) -> None:
+    width, height = size
+    photo = images.texture(*size)
+    edge_px = 256
+    new_width, new_height = (
+        (edge_px, int(edge_px * height / width)) if width < height else (int(edge_px * width / height), edge_px)
+    )
+    assert new_width * new_height > 2**24
+    spec = spec_from_config(DEIT_2021, mode="paper", input_px=224)
+    expected = torchvision_formula(photo, edge_px, 224).astype(int)
+    assert np.abs(preprocess(photo, spec) - expected).max() <= 1
+
+
+def test_an_image_that_is_not_rgb_is_refused() -> None:
+    spec = spec_from_config(DEIT_2021, mode="checkpoint", input_px=224)
+    with pytest.raises(ValueError, match="expected an image of mode RGB from decode, found L"):
+        preprocess(Image.new("L", (8, 8)), spec)
+
+
+def test_the_text_of_2021_and_of_today_mean_the_same_spec() -> None:
+    old = spec_from_config(DEIT_2021, mode="checkpoint", input_px=224)
+    assert old == spec_from_config(DEIT_TODAY, mode="checkpoint", input_px=224)
+    assert old == PreprocessSpec(
+        mode="checkpoint",
+        resize="squash",
+        resize_hw_px=(256, 256),
+        resample=3,
+        crop_px=224,
+        input_px=224,
+        rescale_factor=1 / 255,
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
+    )
+
+
+@pytest.mark.parametrize("kind", ["DeiT", "ViT"])
+def test_what_save_pretrained_writes_today_is_read(kind: str, tmp_path: Path) -> None:
+    config = DEIT_2021 if kind == "DeiT" else VIT_2021
+    processor(config, tmp_path).save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text())
+    assert "image_processor_type" in saved
+    read, original = (spec_from_config(text, mode="checkpoint", input_px=224) for text in (saved, config))
+    assert read == original
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_extractor_type": None}, '"image_processor_type": "DeiTImageProcessor" or .* found nothing'),
+        ({"feature_extractor_type": "CLIPFeatureExtractor"}, "found 'CLIPFeatureExtractor'"),
+        ({"size": None}, '"size": 256 or .*, found nothing'),
+        ({"size": {"shortest_edge": 256, "longest_edge": 300}}, '"size": 256 or .*longest_edge'),
+        ({"size": 256.5}, '"size": 256 or .*256.5'),
+        ({"crop_size": None}, '"crop_size": 256 or .*, found nothing'),
+        ({"crop_size": {"height": 224, "width": 200}}, 'a square "crop_size"'),
+        ({"crop_size": 192}, "images of 224x224 px, which is the model's input, found 192"),
+        ({"do_center_crop": False}, r"224x224 px.*found \(256, 256\)"),
+        ({"resample": None}, '"resample": one of Pillow\'s filters 0 .. 5, found nothing'),
+        ({"resample": 9}, "found 9"),
+        ({"image_mean": None}, '"image_mean": three numbers, one per channel, found nothing'),
+        ({"image_std": [0.5]}, r'"image_std": three numbers, one per channel, found \[0.5\]'),
+        ({"image_std": [0.5, 0.5, 0]}, '"image_std" above 0'),
+        ({"rescale_factor": 0}, '"rescale_factor": a number above 0'),
+        ({"do_rescale": False}, '"do_rescale": true'),
+        ({"do_resize": "yes"}, '"do_resize": true or false'),
+        ({"do_pad": True}, '"do_pad": false'),
+        ({"data_format": "channels_last"}, '"data_format": "channels_first"'),
+        ({"default_to_square": False}, '"default_to_square": true'),
+    ],
+    ids=str,
+)
+def test_a_file_that_cannot_be_obeyed_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        spec_from_config(DEIT_2021 | change, mode="checkpoint", input_px=224)
+    assert "\n" not in str(caught.value)
+    assert "preprocessor_config.json: expected" in str(caught.value)
+
+
+def test_the_golden_pixels_of_a_drawn_picture() -> None:
+    """Numbers that no change of code or library may move unnoticed."""
+    data = BytesIO()
+    images.texture(300, 200, seed=7).save(data, "PNG")
+    picture = decode(data.getvalue())
+    pixels = preprocess(picture, spec_from_config(DEIT_2021, mode="checkpoint", input_px=224))
+    paper = preprocess(picture, spec_from_config(DEIT_2021, mode="paper", input_px=224))
+    print(pixels[0, 0], pixels[111, 17], pixels[223, 223], paper[0, 0], paper[111, 17], paper[223, 223])
