@@ -35,17 +35,25 @@ def main() -> int:
 
 
 def _start_ray() -> None:
+    # The engine's core prints an error for every actor pool (ray-project/ray#53727) that means nothing here.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
+    import ray.data
 
-    if ray.is_initialized():
-        return
-    # A bare ray.init() would join whatever cluster runs on this machine.
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS", "local"),
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
-    )
+    if not ray.is_initialized():
+        # A bare ray.init() would join whatever cluster runs on this machine.
+        address = os.environ.get("RAY_ADDRESS", "local")
+        is_own = address == "local"
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=False if is_own else None,
+        )
+    # What the engine says stays in its log folder; on the console only this job speaks.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
     # After ray.init, which installs its own handler. `ray job stop` sends SIGTERM, and SIGKILL three seconds later.
     signal.signal(signal.SIGTERM, _stop)
 
@@ -56,7 +64,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _quieten() -> None:
-    for name in ("ray", "botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs"):
+    for name in ("botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -205,14 +204,13 @@ def _download(url: str, cache_dir: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock", mode=0o600):
             if not folder.is_dir():
-                temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-                try:
-                    for info in wanted:
-                        data = store.get(info.key, listed=info, deadline_s=_DOWNLOAD_DEADLINE_S)
-                        (temporary / info.key).write_bytes(data)
-                    temporary.rename(folder)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir()
+                for info in wanted:
+                    data = store.get(info.key, listed=info, deadline_s=_DOWNLOAD_DEADLINE_S)
+                    (partial / info.key).write_bytes(data)
+                partial.rename(folder)
     except OSError as error:
         raise ConfigError(
             f"model {url}: cannot write to the cache {cache_dir} ({storage.describe(error)}); set LABEL_BUCKET_CACHE"

@@ -29,6 +29,8 @@ _KINDS: tuple[tuple[type[SourceError], FailureKind], ...] = (
     (ForbiddenError, FailureKind.FORBIDDEN),
     (UnstableError, FailureKind.UNSTABLE_BYTES),
 )
+_ANSWERS = frozenset(kind for _, kind in _KINDS)
+"""Also a refusal shows that there is no outage."""
 
 
 def fetch(
@@ -41,7 +43,7 @@ def fetch(
     """
     window: deque[tuple[int, Future[bytes | ImageError]]] = deque()
     ahead_bytes = 0
-    num_unavailable = num_requested = 0
+    num_unavailable, has_answered = 0, False
     reason = ""
     with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="fetch") as pool:
         upcoming = iter(objects)
@@ -58,15 +60,14 @@ def fetch(
             size_bytes, future = window.popleft()
             outcome = future.result()
             ahead_bytes -= size_bytes
-            if isinstance(outcome, bytes):
-                num_requested += 1
+            if isinstance(outcome, bytes) or outcome.kind in _ANSWERS:
+                has_answered = True
             elif outcome.kind is FailureKind.UNAVAILABLE:
-                num_requested += 1
                 num_unavailable += 1
                 reason = str(outcome)
             yield outcome
-    if num_requested and num_unavailable == num_requested:
-        raise UnavailableError(f"{store.root}: none of the {num_requested} objects of a unit could be read; {reason}")
+    if num_unavailable and not has_answered:
+        raise UnavailableError(f"{store.root}: none of the {num_unavailable} objects of a unit could be read; {reason}")
 
 
 def _fetch_one(store: Store, info: ObjectInfo, max_image_bytes: int, deadline_s: float) -> bytes | ImageError:

@@ -39,7 +39,8 @@ class Labeler:
     """The actor. Built where it runs, from small picklable arguments; called with tables of whole units.
 
     Micro-batches hold the decodable rows of one unit, at most `batch_size` of them, and the last one is padded to
-    that size: a row's result depends on its unit and on nothing that happened to travel with it.
+    that size (with whatever was there: rows do not see each other): a row's result depends on its unit and on nothing
+    that happened to travel with it.
 
     `model` and `revision` are those of `checkpoint.resolve`, here on the actor's node; `weights_digest` is the one
     that the driver saw, and finding another is a ConfigError. So are a device that is not there and a `top_k` larger
@@ -98,16 +99,15 @@ class Labeler:
             rows = [row for row in unit if not has_failed[row]]
             for start in range(0, len(rows), len(self._batch_BHWC)):
                 batch_rows = rows[start : start + len(self._batch_BHWC)]
-                self._fill([pixels[row] for row in batch_rows], [table["uri"][row] for row in batch_rows])
+                for position, row in enumerate(batch_rows):
+                    image = pixels[row]
+                    if image is None:
+                        raise ValueError(
+                            f"{table['uri'][row]}: expected a failure or a model input's pixels, found neither"
+                        )
+                    self._batch_BHWC[position] = image
                 results.put(batch_rows, self._predict(self._classifier, self._batch_BHWC, top_k=self._top_k))
         return self._to_table(table, results)
-
-    def _fill(self, images: list[npt.NDArray[np.uint8] | None], uris: list[pa.StringScalar]) -> None:
-        for position, (image, uri) in enumerate(zip(images, uris, strict=True)):
-            if image is None:
-                raise ValueError(f"{uri}: expected a failure or the pixels of one model input, found neither")
-            self._batch_BHWC[position] = image
-        self._batch_BHWC[len(images) :] = 0
 
     def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
         nonfinite = pa.array(results.is_nonfinite)
@@ -166,7 +166,7 @@ class _Results:
 
 
 def pixel_views(column: pa.ChunkedArray, shape: tuple[int, ...]) -> list[npt.NDArray[np.uint8] | None]:
-    """Each row of a large_binary column as a read-only view of `shape` into Arrow's buffer; None for nulls.
+    """Each row of a large_binary column as a view of `shape` into Arrow's buffer; None for nulls.
 
     Raises ValueError for a value that is not the size of `shape`.
     """

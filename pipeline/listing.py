@@ -32,7 +32,8 @@ class Scope:
 
 
 def _is_in_scope(info: ObjectInfo, include: Sequence[re.Pattern[str]], exclude: Sequence[re.Pattern[str]]) -> bool:
-    if info.key.endswith("/") and info.size_bytes == 0:  # the marker that some tools write for a folder
+    # The marker that some tools write for a folder; that of the root itself has an empty key.
+    if info.size_bytes == 0 and (info.key.endswith("/") or not info.key):
         return False
     included = not include or any(pattern.fullmatch(info.key) for pattern in include)
     return included and not any(pattern.fullmatch(info.key) for pattern in exclude)

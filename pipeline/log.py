@@ -210,7 +210,7 @@ def _parse(kind: type[_R], data: bytes, where: str) -> _R:
             return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
     except (ValueError, KeyError, TypeError) as error:
         raise ConflictError(
-            f"{where}: expected a {kind.__name__.lower()} of the log, found {storage.describe(error)}"
+            f"{where}: expected the log's {kind.__name__.lower()}, found {storage.describe(error)}"
         ) from error
     raise ConflictError(
         f"{where}: written with schema version {version}, this program knows {schema.SCHEMA_VERSION}; use a newer one"

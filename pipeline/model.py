@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from transformers import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -61,14 +62,15 @@ class Classifier(torch.nn.Module):
         self.heads = torch.nn.ModuleList([network.get_submodule(name) for name in names])
         self._num_special_tokens = 1 if isinstance(network, ViTForImageClassification) else 2
         self._pooling = pooling
-        self._rescale_factor = spec.rescale_factor
+        self._rescale_divisor = 1 / spec.rescale_factor
         self.register_buffer("_mean", torch.tensor(spec.image_mean, dtype=torch.float32), persistent=False)
         self.register_buffer("_std", torch.tensor(spec.image_std, dtype=torch.float32), persistent=False)
 
     def forward(self, pixels_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See the class. The heads and the pooling work in float32 whatever the backbone computes in."""
-        # The same order of float32 operations as the Hugging Face image processors: rescale, then normalize.
-        normalized_BHWC = (pixels_BHWC.to(torch.float32) * self._rescale_factor - self._mean) / self._std
+        # Bit for bit the float32 values of the Hugging Face processors, which multiply by 1/255 in float64 and round:
+        # dividing by 255 is rounded once, multiplying by a rounded 1/255 twice.
+        normalized_BHWC = (pixels_BHWC.to(torch.float32) / self._rescale_divisor - self._mean) / self._std
         pixels_BCHW = normalized_BHWC.permute(0, 3, 1, 2).contiguous()
         # The backbone casts its input to its own dtype, and ends with the final layernorm.
         tokens_BTD = self.backbone(pixels_BCHW).last_hidden_state.float()
@@ -152,8 +154,9 @@ def _check_device(device: str) -> None:
 
 def _load_network(checkpoint: Checkpoint) -> PreTrainedModel:
     where = f"model {checkpoint.source}"
-    # Its bar over 10 ms of loading would be lines in a job's log.
+    # A bar over 10 ms of loading and a table of what the errors below say would only be lines in a job's log.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         # With output_loading_info it gives a pair, which its annotation does not say.
         loaded: Any = _CLASSES[checkpoint.architecture].from_pretrained(
@@ -162,14 +165,16 @@ def _load_network(checkpoint: Checkpoint) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the check below names them
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{where}: cannot be loaded as {checkpoint.architecture}: {first_line}") from error
     network: PreTrainedModel
     network, info = loaded
     for problem in ("missing", "unexpected", "mismatched"):
-        names = sorted(map(str, info[f"{problem}_keys"]))
+        # A mismatched one comes with its two shapes.
+        names = sorted(key if isinstance(key, str) else key[0] for key in info[f"{problem}_keys"])
         if names:
             raise ConfigError(
                 f"{where}: expected exactly the tensors of {checkpoint.architecture}, found {len(names)} {problem}:"

@@ -9,6 +9,7 @@ A module of its own because everything downstream rests on this: on a resumed ru
 out, whatever the bucket looks like by then. One range covers the whole source for now; state and files are per range.
 """
 
+import hashlib
 import io
 import json
 import uuid
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.errors import TRANSIENT, AbsentError, ConflictError, SourceError
+from pipeline.errors import TRANSIENT, ConflictError, SourceError
 from pipeline.listing import Scope
 from pipeline.log import FileRef
 from pipeline.storage import ObjectInfo, Store
@@ -284,13 +285,14 @@ def _listing(input_url: str, scope: Scope, counts: dict[str, int]) -> Iterator[O
 def read_catalog(output: Store, files: Sequence[FileRef]) -> Iterator[CatalogRow]:
     """Rows of a space's catalog, sorted by key, a row group in memory. Damage is ConflictError."""
     for ref in files:
-        try:
-            file = pq.ParquetFile(io.BytesIO(output.get(ref.key)))
-        except (AbsentError, pa.ArrowInvalid) as error:
+        data = storage.get_or_none(output, ref.key)
+        found = "nothing" if data is None else hashlib.sha256(data).hexdigest()
+        if data is None or found != ref.sha256:
             raise ConflictError(
-                f"{output.root}/{ref.key}: the log names this catalog file, found {storage.describe(error)}; restore it"
-            ) from error
-        for batch in file.iter_batches(batch_size=16_384):
+                f"{output.root}/{ref.key}: expected the catalog file of the log, SHA-256 {ref.sha256}, found {found};"
+                " restore it"
+            )
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(batch_size=16_384):
             yield from batch.to_pylist()
 
 

@@ -4,6 +4,7 @@ A module of its own because these three stages share a task: encoded bytes never
 waits overlap decoding. Same rows in, same order out; a failure is marked in its row and touches no other.
 """
 
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 from pipeline import schema
 from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import FailureKind, ImageError
+from pipeline.errors import FailureKind, ImageError, UnavailableError
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo, Store
@@ -59,7 +60,9 @@ def prepare_unit(
     fill(range(len(infos)))
     unanswered = [row for row, result in enumerate(results) if _is_unavailable(result)]
     if unanswered:
-        fill(unanswered)
+        # Storage answered for others, so what stays without an answer is a row and not an outage.
+        with contextlib.suppress(UnavailableError):
+            fill(unanswered)
     return _decoded(objects, results, pixels), busy_s
 
 

@@ -33,7 +33,7 @@ _ONLY = {
 }
 
 _BICUBIC = int(Image.Resampling.BICUBIC)
-_MAX_FILTER_SUPPORT_PX = 3  # Lanczos, the widest of Pillow's filters
+_MAX_FILTER_SUPPORT_PX = 5  # more than the widest of Pillow's filters reaches (4.5 px)
 
 
 def preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
@@ -142,7 +142,8 @@ def _resize_around_crop(
 ) -> tuple[Image.Image, int, int]:
     """The part of the resized image that the crop and the resampling filter can see, and the crop's left and top in it.
 
-    Differs from resizing everything by at most 1 of 255, where the filter's coefficients round differently.
+    The pixels of resizing everything, within 2; but where Pillow 13 runs its two passes in the other order, which it
+    decides by their cost, overshoots beyond 0 or 255 are cut elsewhere: on noise 18 at most, 0.4 on average.
     """
     box: list[float] = [0.0, 0.0, *image.size]
     size, offset = list(resized_size), list(crop_offset)

@@ -37,6 +37,8 @@ from pipeline.storage import Store
 
 _log = logging.getLogger(__name__)
 
+_PRECISION = "label_bucket.compute_dtype"
+
 
 def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     """Label what `config` asks for and publish it; the report that also stands in the run's report.json.
@@ -68,7 +70,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         run_date=str(config.run_date or datetime.now(UTC).date()),
         model_id=request.checkpoint.model_id,
         model_revision=request.checkpoint.revision,
-        metadata=request.metadata,
+        metadata=_footer_metadata(config, request, compute_precision(config.precision, resources.device)),
         now=_now(),
     )
     crash_point("claimed")
@@ -80,7 +82,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         model_revision=claim.model_revision,
         space_id=request.space_id,
         device=resources.device,
-        precision=compute_precision(config.precision, resources.device),
+        precision=claim.metadata[_PRECISION],
         num_actors=resources.num_actors,
         versions=_versions(),
         started_at=_now(),
@@ -111,7 +113,6 @@ class _Request:
     spec: PreprocessSpec
     space_id: str
     identity: dict[str, object]
-    metadata: dict[str, str]
     base: Entry | None
     """The newest published run of this space: its catalog says what need not be labeled again."""
     records_deletions: bool
@@ -170,7 +171,6 @@ def _resolve(config: Config, source: Store, output: Store, state: State) -> _Req
         spec=spec,
         space_id=space_id,
         identity=identity,
-        metadata=_footer_metadata(config, found, spec, space_id, dim),
         base=base,
         records_deletions=same_filters and config.limit is None,
     )
@@ -199,18 +199,17 @@ def _remembered_revision(config: Config, state: State) -> str | None:
     return state.remembered_revision(config.model) if is_hub_id else None
 
 
-def _footer_metadata(
-    config: Config, found: Checkpoint, spec: PreprocessSpec, space_id: str, dim: int | None
-) -> dict[str, str]:
+def _footer_metadata(config: Config, request: _Request, precision: str) -> dict[str, str]:
+    found, dim = request.checkpoint, request.identity["embedding_dim"]
     values: dict[str, object] = {
         "model_id": found.model_id,
         "model_revision": found.revision,
         "weights_digest": found.weights_digest,
         "label_set_digest": checkpoint.label_set_digest(found),
-        "preprocess": json.dumps(asdict(spec), sort_keys=True),
+        "preprocess": json.dumps(asdict(request.spec), sort_keys=True),
         "decode_rules_version": decode.DECODE_RULES_VERSION,
-        "space_id": space_id,
-        "precision": config.precision,
+        "space_id": request.space_id,
+        "compute_dtype": precision,
         "versions": json.dumps(_versions(), sort_keys=True),
     }
     if dim is not None:
@@ -342,7 +341,8 @@ def _label(
         weights_digest=request.checkpoint.weights_digest,
         pooling=config.embedding,
         top_k=config.top_k,
-        precision=config.precision,
+        # A run that is resumed on another device keeps the precision it began with: its files name one.
+        precision="bf16" if claim.metadata[_PRECISION] == "bf16" else "fp32",
         batch_size=config.batch_size,
     )
     progress = Progress(sealed.counts["planned"], plan.num_objects(request.output, sealed, finished))

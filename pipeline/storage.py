@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import re
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ _PAGE_OBJECTS = 1000
 """Keys in a page; what one S3 LIST request returns."""
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+_s3_lock = threading.Lock()
 _T = TypeVar("_T")
 
 
@@ -120,12 +122,12 @@ def normalize(url: str) -> str:
     if scheme in ("file", "local"):
         return f"file://{os.path.normpath(Path(path).absolute())}"
     if scheme in ("s3", "s3a"):
-        if not path.strip("/"):
+        if not path.partition("/")[0]:
             raise ConfigError(f"expected s3://bucket/prefix, found no bucket in {url}")
         return f"s3://{path.rstrip('/')}"
     if scheme not in fsspec.available_protocols():
         raise ConfigError(f"expected a local path, s3:// or another URL that fsspec can open, found {url}")
-    return url.rstrip("/")
+    return f"{scheme}://{path.rstrip('/')}"
 
 
 def describe(error: BaseException) -> str:
@@ -136,8 +138,14 @@ def describe(error: BaseException) -> str:
 # --- S3 -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _s3() -> Any:
+    # The threads of a fetch ask for it at once, and functools.cache alone would build a client for each of them.
+    with _s3_lock:
+        return _build_s3()
+
+
+@functools.cache
+def _build_s3() -> Any:
     # Built here and never passed on: a pickled filesystem carries its secrets, and importing s3fs takes half a second
     # that local runs need not pay.
     import s3fs
@@ -222,10 +230,7 @@ class S3Store:
         try:
             return fsspec.asyn.sync(filesystem.loop, coroutine, Bucket=self._bucket, **arguments)
         except Exception as error:
-            translated = _translate(error, what)
-            if translated is error:
-                raise
-            raise translated from error
+            raise _translate(error, what) from error
 
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """See Store. One LIST request a page."""
@@ -378,6 +383,7 @@ class LocalStore:
                 return
             page: list[ObjectInfo] = []
             for key, path in _walk(start, f"{folder}/" if folder else ""):
+                _check_utf8(self.root, key)
                 if not key.startswith(prefix) or key <= start_after:
                     continue
                 try:
@@ -405,8 +411,11 @@ class LocalStore:
         with _local_errors(f"write {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            _write_durably(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), data)
-            temporary.replace(path)
+            try:
+                _write_durably(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), data)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
         """See Store. A file without a name, linked into place: nothing is ever left behind, readers see it whole."""
@@ -429,8 +438,9 @@ def _link_new_file(folder_fd: int, name: str, data: bytes) -> None:
         fd = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o644, dir_fd=folder_fd)
     except (OSError, AttributeError):  # not Linux, or a filesystem without nameless files
         temporary = f".{uuid.uuid4().hex}"
-        _write_durably(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder_fd), data)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=folder_fd)
         try:
+            _write_durably(fd, data)
             os.link(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         finally:
             os.unlink(temporary, dir_fd=folder_fd)
@@ -451,13 +461,25 @@ def _write_durably(fd: int, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def _check_utf8(root: str, key: str) -> None:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        found = os.fsencode(key)
+        raise SourceError(f"list {root}: expected file names in UTF-8, found {found!r}; rename it") from error
+
+
 def _what_is(path: Path) -> str:
     return "a file" if path.exists() else "nothing"
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
     """Files below `folder` as (key, path), in byte order of the whole key: a folder sorts as its name plus a slash."""
-    with os.scandir(folder) as entries:
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:  # deleted since its parent was read
+        return
+    with entries:
         found = [(entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name, entry) for entry in entries]
     for name, entry in sorted(found, key=lambda item: os.fsencode(item[0])):
         if name.endswith("/"):
@@ -503,8 +525,11 @@ class FsspecStore:
         for name, entry in sorted(named, key=lambda item: item[0].encode()):
             if name.endswith("/"):
                 yield from self._walk(entry["name"], prefix + name)
-            else:
-                yield self._info(prefix + name, entry)
+                continue
+            if entry.get("size") is None:  # a web server's folder does not say
+                ask = functools.partial(self._guard, what, self._filesystem.info, entry["name"])
+                entry = _until_deadline(ask, what, DEADLINE_S)
+            yield self._info(prefix + name, entry)
 
     @staticmethod
     def _info(key: str, entry: dict[str, Any]) -> ObjectInfo:
@@ -513,7 +538,7 @@ class FsspecStore:
             modified = datetime.fromtimestamp(modified, UTC)
         if not isinstance(modified, datetime):
             modified = None
-        known = (entry.get(name) for name in ("ETag", "etag", "md5Hash", "checksum", "sha256"))
+        known = (entry.get(name) for name in ("ETag", "etag", "md5Hash", "checksum", "sha256", "Last-Modified"))
         etag = next((str(value).strip('"') for value in known if value), None)
         size_bytes = entry.get("size") or 0
         return ObjectInfo(key, size_bytes, etag or f"{size_bytes}-{modified and modified.isoformat()}", modified)

@@ -1,4 +1,4 @@
-"""A model hub on 127.0.0.1 that speaks as much of the hub's HTTP interface as its own client needs to download a model."""
+"""A model hub on 127.0.0.1: as much of the hub's HTTP interface as its own client needs to download a model."""
 
 import hashlib
 import json
@@ -42,10 +42,10 @@ def serve_hub(repositories: dict[str, Repository]) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer()
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self._answer()
 
         def log_message(self, *args: Any) -> None:

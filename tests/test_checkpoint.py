@@ -10,12 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import checkpoints
 import fsspec
 import pytest
@@ -24,6 +21,7 @@ from hub_server import Repository, serve_hub
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint, Pooling
 from pipeline.errors import ConfigError, LabelBucketError
+from tests.servers import S3Server
 
 _RESOLVE = """
 import json, sys
@@ -282,85 +280,49 @@ def _pickled_copy(folder: Path) -> Path:
 # --- object storage -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def s3_url() -> Iterator[str]:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/data.json", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _upload(s3_url: str, bucket: str, folder: Path) -> dict[str, str]:
-    """Copy a folder to s3://bucket/models/small; gives the environment that reaches it."""
-    environment = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": s3_url,
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_url,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-    client.create_bucket(Bucket=bucket)
+def _upload(s3: S3Server, bucket: str, folder: Path) -> str:
+    """Copy a folder into a bucket, given by its URL; gives the URL of the copy."""
     for file in folder.iterdir():
-        client.put_object(Bucket=bucket, Key=f"models/small/{file.name}", Body=file.read_bytes())
-    client.close()
-    return environment
+        key = f"models/small/{file.name}"
+        s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=file.read_bytes())
+    return f"{bucket}/models/small"
 
 
-def test_two_processes_on_a_node_download_a_checkpoint_once(s3_url: str, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_on_a_node_download_a_checkpoint_once(
+    s3: S3Server, bucket: str, folder: Path, tmp_path: Path
+) -> None:
     (folder / "optimizer.bin").write_bytes(b"never downloaded")
-    environment = _upload(s3_url, "twice", folder)
-    cache_dir = tmp_path / "cache"
-    both = [_start("s3://twice/models/small/", None, cache_dir, **environment) for _ in range(2)]
+    url, cache_dir = _upload(s3, bucket, folder), tmp_path / "cache"
+    environment = {**s3.environment(), "AWS_ENDPOINT_URL": s3.url}
+    both = [_start(f"{url}/", None, cache_dir, **environment) for _ in range(2)]
     first, second = (_finish(process) for process in both)
-    assert first == second
-    assert first[1] == checkpoint.resolve(str(folder)).weights_digest
-    downloaded = Path(first[2])
-    assert sorted(file.name for file in downloaded.iterdir()) == [
+    requests = [(method, path) for method, path in s3.requests if bucket.removeprefix("s3://") in path]
+    assert len([path for _, path in requests if "list-type=2" in path]) == 2, "each lists, one downloads"
+    assert sorted(path.rpartition("/")[2] for _, path in requests if "list-type=2" not in path) == [
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
     ]
-    folders = [entry for entry in (cache_dir / "checkpoints").iterdir() if entry.is_dir()]
-    assert folders == [downloaded]
-    recorded = json.loads(urllib.request.urlopen(f"{s3_url}/moto-api/data.json", timeout=5).read())
-    assert recorded
+    assert first == second
+    assert first[1] == checkpoint.resolve(str(folder)).weights_digest
+    downloaded = Path(first[2])
+    assert [entry for entry in (cache_dir / "checkpoints").iterdir() if entry.is_dir()] == [downloaded]
     inode = (downloaded / "model.safetensors").stat().st_ino
-    again = _finish(_start("s3://twice/models/small", first[0], cache_dir, **environment))
-    assert again == first
+    assert _finish(_start(url, first[0], cache_dir, **environment)) == first
     assert (downloaded / "model.safetensors").stat().st_ino == inode
 
 
-def test_an_overwritten_checkpoint_in_a_bucket_is_another_folder(s3_url: str, folder: Path, tmp_path: Path) -> None:
-    environment = _upload(s3_url, "overwritten", folder)
-    old = _finish(_start("s3://overwritten/models/small", None, tmp_path, **environment))
-    _upload(s3_url, "overwritten", checkpoints.write_small(tmp_path / "new", seed=1))
-    new = _finish(_start("s3://overwritten/models/small", None, tmp_path, **environment))
+def test_an_overwritten_checkpoint_in_a_bucket_is_another_folder(
+    s3: S3Server, bucket: str, folder: Path, tmp_path: Path
+) -> None:
+    url = _upload(s3, bucket, folder)
+    old = _finish(_start(url, None, tmp_path, **s3.environment()))
+    _upload(s3, bucket, checkpoints.write_small(tmp_path / "new", seed=1))
+    new = _finish(_start(url, None, tmp_path, **s3.environment()))
     assert new[1] != old[1]
     assert new[2] != old[2]
-    refused = _failure(_start("s3://overwritten/models/small", old[0], tmp_path, **environment))
-    assert refused.startswith(f"ConfigError: model s3://overwritten/models/small: expected revision {old[0]}, found ")
+    refused = _failure(_start(url, old[0], tmp_path, **s3.environment()))
+    assert refused.startswith(f"ConfigError: model {url}: expected revision {old[0]}, found ")
 
 
 @pytest.mark.parametrize(
@@ -388,18 +350,23 @@ def test_a_url_that_does_not_exist_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_any_fsspec_url_will_do_and_an_interrupted_download_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+def test_any_fsspec_url_will_do_and_what_a_killed_process_left_is_not_used(folder: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(f"{folder}/", "/models/small/", recursive=True)
-    leftover = tmp_path / "checkpoints" / "0123.killed"
-    leftover.mkdir(parents=True)
     try:
         found = checkpoint.resolve("memory://models/small", cache_dir=tmp_path)
+        downloaded = Path(found.folder)
+        partial = downloaded.rename(downloaded.with_suffix(".partial"))
+        (partial / "model.safetensors").write_bytes(b"half of it")
+        (partial / "model-00001.safetensors").write_bytes(b"of another download")
+        again = checkpoint.resolve("memory://models/small", cache_dir=tmp_path)
     finally:
         memory.rm("/models", recursive=True)
+    assert again == found
     assert found.model_id == "memory://models/small"
     assert found.weights_digest == checkpoint.resolve(str(folder)).weights_digest
-    assert Path(found.folder).parent == leftover.parent
+    assert len(list(downloaded.iterdir())) == 3
+    assert not partial.exists()
 
 
 # --- the space id -------------------------------------------------------------------------------------------------

@@ -1,0 +1,119 @@
+"""A real Ray head in its own processes, and the real command against it.
+
+One head serves the whole test session, because starting one takes 10 to 20 s. It is started after the S3 server, so that
+its workers have that server's address in their environment, and ended by its process group, never by name.
+"""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+JOB = ROOT / "jobs" / "label_bucket.py"
+_START_DEADLINE_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Where a head listens, and the environment in which commands find it."""
+
+    address: str
+    dashboard_url: str
+    environment: dict[str, str]
+
+    def label_bucket(
+        self, *arguments: str, crash_at: str | None = None, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
+        environment = {**self.environment, **variables, "RAY_ADDRESS": self.address}
+        if crash_at is not None:
+            environment["LABEL_BUCKET_CRASH_AT"] = crash_at
+        return subprocess.run(
+            [sys.executable, str(JOB), *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""
+        ray = str(Path(sys.executable).with_name("ray"))
+        return subprocess.run(
+            [ray, "job", "submit", "--address", self.dashboard_url, "--working-dir", ".", *arguments],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+
+@contextmanager
+def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterator[Head]:
+    """Start a head whose workers get `environment`, and end it with everything it started."""
+    gcs_port, dashboard_port, client_port, agent_port = _free_ports(4)
+    full = {
+        **environment,
+        # A job's `python` is the first one on the head's PATH.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        *("start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
+        *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", "--dashboard-host=127.0.0.1"),
+        *(f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"),
+        *(f"--dashboard-agent-listen-port={agent_port}", "--object-store-memory=1000000000"),
+    ]
+    head = subprocess.Popen(
+        command, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        url = f"http://127.0.0.1:{dashboard_port}"
+        _wait_until_answering(head, f"{url}/api/jobs/", full["RAY_AUTH_TOKEN"])
+        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full)
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        try:
+            head.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+
+def _wait_until_answering(head: "subprocess.Popen[str]", url: str, token: str) -> None:
+    deadline = time.monotonic() + _START_DEADLINE_S
+    while time.monotonic() < deadline:
+        if head.poll() is not None:
+            raise RuntimeError(f"ray start ended with {head.returncode}: {head.communicate()[1][-2000:]}")
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"}), timeout=5)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise TimeoutError(f"{url} did not answer within {_START_DEADLINE_S} s")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

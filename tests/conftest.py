@@ -1,0 +1,57 @@
+"""Fixtures that several test modules share: an S3 server, buckets in it, and the operator's photos."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster import Head, running_head
+
+from pipeline import storage
+from tests import servers
+from tests.servers import Fault, S3Server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    """An S3 server, and the standard variables that lead clients of this process to it."""
+    with pytest.MonkeyPatch.context() as patch, servers.serve_s3() as server:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_NO_SIGN_REQUEST", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in {**servers.credentials(), "AWS_ENDPOINT_URL": server.url}.items():
+            patch.setenv(name, value)
+        # A client that was built before has other variables.
+        storage._build_s3.cache_clear()
+        yield server
+        storage._build_s3.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def head(s3: S3Server) -> Iterator[Head]:
+    """A Ray head whose workers reach the S3 server."""
+    with running_head(os.environ) as running:
+        yield running
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> str:
+    """The s3:// URL of a fresh bucket."""
+    return s3.create_bucket()
+
+
+@pytest.fixture
+def faults(s3: S3Server) -> Iterator[list[Fault]]:
+    """Faults of the S3 server during a test; each must have fired when it ends."""
+    yield s3.faults
+    unfired = [fault for fault in s3.faults if not fault.num_hits]
+    s3.faults.clear()
+    assert not unfired
+
+
+@pytest.fixture
+def photos_dir() -> Path:
+    """The operator's folder of photographs; the test is skipped where there is none."""
+    folder = os.environ.get("LABEL_BUCKET_PHOTOS")
+    if not folder:
+        pytest.skip("LABEL_BUCKET_PHOTOS names no folder of photographs")
+    return Path(folder)

@@ -1,0 +1,251 @@
+"""Rules as tests: what installs, what starts, what imports what, and that the README tells the truth about all of it."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from pipeline import schema
+from pipeline.config import Config
+from pipeline.errors import FailureKind
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+LOCK = (ROOT / "requirements.lock").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = [*sorted((ROOT / "infra").glob("*.sh")), ROOT / ".ci" / "run", *sorted((ROOT / "jobs").glob("*.py"))]
+
+ORDER = (
+    *("errors", "faults", "schema", "storage", "checkpoint", "config", "log"),
+    *("listing", "plan", "fetch", "decode", "preprocess", "prepare", "model", "label", "parts", "publish"),
+    *("dataset", "progress", "run"),
+    *("shapes", "draw"),
+)
+"""Modules of the pipeline in the order of the data: each imports only from modules before it."""
+DRAWING = {"shapes", "draw"}
+"""The pictures that tests and the quickstart use; no part of the pipeline knows of them."""
+
+MAX_LINES = 450
+LONGER = {"storage.py": 600, "run.py": 470}
+"""Known exceptions, which may only shrink."""
+
+
+@cache
+def imports(path: Path, *, module_level_only: bool = False) -> frozenset[str]:
+    """Every module that a file names in an import; `from pipeline import x` counts as `pipeline.x`."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in _runtime_nodes(tree) if module_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def _runtime_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """What runs when the module is imported: nothing within functions or under TYPE_CHECKING."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not is_typing and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+
+
+def importers(*names: str, module_level_only: bool = False) -> set[str]:
+    """Files below pipeline/ and jobs/ that import one of the modules, or something within it."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("pipeline", "jobs")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        for found in imports(path, module_level_only=module_level_only)
+        if any(f"{found}.".startswith(f"{name}.") for name in names)
+    }
+
+
+# --- what installs ------------------------------------------------------------------------------------------------
+
+
+def pins(python_version: str) -> dict[str, str]:
+    """Name -> version of what the lock installs on Linux with a Python version (major.minor)."""
+    environment = {"python_version": python_version, "python_full_version": f"{python_version}.0"}
+    found: dict[str, str] = {}
+    for line in re.findall(r"^[a-z0-9].*==.*", LOCK, re.MULTILINE):
+        requirement = Requirement(line.removesuffix("\\"))
+        if requirement.marker is None or requirement.marker.evaluate({**environment, "sys_platform": "linux"}):
+            assert requirement.name not in found
+            found[requirement.name] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("python_version", ["3.11", "3.12", "3.13", "3.14"])
+def test_lock_pins_every_dependency_but_torch_for_every_python(python_version: str) -> None:
+    assert f"{python_version}.0" in SpecifierSet(PROJECT["requires-python"])
+    pinned = pins(python_version)
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]:
+        requirement = Requirement(line)
+        if requirement.name != "torch":
+            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_every_pin_of_the_lock_has_hashes_and_none_names_a_place() -> None:
+    blocks = re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE)[1:]
+    assert len(blocks) > 100
+    assert [block.splitlines()[0] for block in blocks if not re.search(r"--hash=sha256:[0-9a-f]{64}", block)] == []
+    assert re.findall(r"://|--index|--extra-index|--find-links|^/", LOCK, re.MULTILINE) == []
+
+
+def test_lock_has_no_package_that_depends_on_the_build_of_torch() -> None:
+    assert re.findall(r"^(?:torch|triton|nvidia|cuda)\b.*", LOCK, re.MULTILINE) == []
+
+
+# --- what starts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_can_be_started_by_its_path(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    assert script.read_text().startswith(
+        ("#!/usr/bin/env bash\n", "#!/usr/bin/env python\n", "#!/usr/bin/env python3\n")
+    )
+
+
+@pytest.mark.parametrize("script", [each for each in SCRIPTS if each.suffix != ".py"], ids=lambda path: path.name)
+def test_shell_script_stops_at_the_first_error(script: Path) -> None:
+    assert "\nset -euo pipefail\n" in script.read_text()
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize("version", ["3.10.14", "3.15.0", "2.7.18"])
+def test_install_refuses_a_python_it_cannot_use(version: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {version}\n")
+    python.chmod(0o755)
+    ended = subprocess.run(
+        ["bash", "infra/install.sh"],
+        env={**os.environ, "PYTHON": str(python)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"install: expected Python 3.11 to 3.14 as '{python}', found {version}; set PYTHON=/path/to/python3.11\n"
+    )
+
+
+# --- what imports what --------------------------------------------------------------------------------------------
+
+
+def test_every_module_of_the_pipeline_has_its_place_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(path.stem for path in (ROOT / "pipeline").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_module_imports_only_from_modules_before_it(name: str) -> None:
+    imported = {found.split(".")[1] for found in imports(ROOT / "pipeline" / f"{name}.py") if found[:9] == "pipeline."}
+    before = set(ORDER[: ORDER.index(name)])
+    assert imported <= (before & DRAWING if name in DRAWING else before - DRAWING)
+
+
+def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
+    allowed = {"pipeline/config.py", "pipeline/listing.py", "pipeline/storage.py", "jobs/draw_images.py"}
+    assert importers("fsspec", "s3fs", "botocore") <= allowed
+
+
+def test_only_dataset_imports_ray_data() -> None:
+    assert importers("ray.data") <= {"pipeline/dataset.py", "jobs/label_bucket.py"}
+
+
+def test_only_model_imports_torch() -> None:
+    assert importers("torch", "transformers") == {"pipeline/model.py"}
+    assert importers("pipeline.model", module_level_only=True) <= {"pipeline/model.py"}
+
+
+def test_neither_driver_nor_cpu_workers_load_torch() -> None:
+    code = "import sys, pipeline.run; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda path: path.name)
+def test_module_can_be_read_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGER.get(path.name, MAX_LINES)
+
+
+# --- what the README says -----------------------------------------------------------------------------------------
+
+
+def section(title: str) -> str:
+    """The text of the README's section with this title, up to the next one of its level."""
+    found = re.search(rf"^(##+) {re.escape(title)}\n(.*?)(?=^##? |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[2]
+
+
+def columns(text: str) -> dict[str, str]:
+    """Name -> type of a Markdown table whose first two columns they are, the first as `code`."""
+    return dict(re.findall(r"^\| `([a-z0-9_]+)` \| ([^|]+?) \|", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("title", "wanted"),
+    [("labels/", schema.labels(64)), ("failures/", schema.FAILURES), ("deletions/", schema.DELETIONS)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_readme_lists_the_columns_of_every_published_folder(title: str, wanted: pa.Schema) -> None:
+    types = {field.name: f"{field.type}{'' if field.nullable else ', never null'}" for field in wanted}
+    types["embedding"] = "fixed_size_list<element: float not null>[D], never null"
+    assert columns(section(title)) == {name: types[name].replace("item: ", "") for name in wanted.names}
+
+
+def test_readme_explains_every_flag() -> None:
+    flags = {"--" + name.replace("_", "-") for name in Config.model_fields}
+    assert set(re.findall(r"^\| `(--[a-z-]+)", section("Options"), re.MULTILINE)) == flags
+
+
+def test_readme_explains_every_kind_of_failure() -> None:
+    assert set(columns(section("Kinds of failure"))) == {str(kind) for kind in FailureKind}
+
+
+def test_readme_says_what_every_file_of_the_code_is_for() -> None:
+    files = [each for folder in ("jobs", "pipeline", "infra") for each in (ROOT / folder).glob("*.*")]
+    expected = {path.name for path in files if path.suffix in (".py", ".sh") and path.stem != "__init__"}
+    assert set(re.findall(r"^  (\w+\.\w+) ", section("Map of the code"), re.MULTILINE)) == expected
+
+
+def test_readme_gives_a_reason_for_every_dependency() -> None:
+    decisions = section("Decisions")
+    names = {Requirement(each).name for extra in [[], *PROJECT["optional-dependencies"].values()] for each in extra}
+    names |= {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert {name for name in names if not re.search(rf"`{re.escape(name)}\b", decisions)} == set()
+
+
+def test_readme_names_the_exit_codes_that_help_names() -> None:
+    help_text = subprocess.run(
+        [sys.executable, "jobs/label_bucket.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    codes = re.findall(r"^ +(\d+)  \w", help_text, re.MULTILINE)
+    assert len(codes) == 6
+    assert set(codes) | {"1"} == set(re.findall(r"^\| (\d+) \|", section("Every night"), re.MULTILINE))
+
+
+def test_readme_gives_commands_that_exist() -> None:
+    named = re.findall(r"\b((?:infra|jobs)/\w+\.\w+)", README)
+    assert {"infra/quickstart.sh", "infra/test.sh", "jobs/label_bucket.py"} <= set(named)
+    assert {each for each in named if not (ROOT / each).is_file()} == set()

@@ -1,0 +1,424 @@
+"""The plan: every listed object in exactly one place, and nothing ever planned twice."""
+
+import dataclasses
+import hashlib
+import itertools
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import plan, schema, storage
+from pipeline.errors import TRANSIENT, ConflictError, FailureKind, SourceError
+from pipeline.listing import Scope
+from pipeline.log import FileRef
+from pipeline.plan import CatalogRow, Range
+from pipeline.storage import ObjectInfo, Store
+
+WHEN = datetime(2026, 11, 22, tzinfo=UTC)
+RUN = "00000001-0123abcd"
+PERMANENT = sorted(set(FailureKind) - TRANSIENT)
+
+quickly = settings(deadline=None, max_examples=60, derandomize=True)
+# Keys that sort differently in UTF-16, and around the slash.
+some_keys = st.lists(st.text("a/-0é\ue000😀", min_size=1, max_size=4), unique=True, max_size=25).map(
+    lambda keys: sorted(keys, key=str.encode)
+)
+
+
+def info(key: str, etag: str | None = "e1", size_bytes: int = 10) -> ObjectInfo:
+    return ObjectInfo(key, size_bytes, etag, WHEN)
+
+
+def row(key: str, etag: str | None = "e1", size_bytes: int = 10, failure_kind: str | None = None) -> CatalogRow:
+    return {
+        "key": key,
+        "etag": etag,
+        "size_bytes": size_bytes,
+        "last_modified": WHEN,
+        "failure_kind": failure_kind,
+        "run_seq": 1,
+    }
+
+
+# --- the join -----------------------------------------------------------------------------------------------------
+
+
+@given(some_keys, some_keys)
+@quickly
+def test_the_join_gives_every_key_of_either_side_once_and_in_order(listed: list[str], known: list[str]) -> None:
+    joined = list(plan.merge_join(map(info, listed), map(row, known)))
+    found = [left.key if left is not None else right["key"] for left, right in joined if left or right]
+    assert found == sorted({*listed, *known}, key=str.encode)
+    assert [left.key for left, _ in joined if left is not None] == listed
+    assert [right["key"] for _, right in joined if right is not None] == known
+    for left, right in joined:
+        assert left is None or right is None or left.key == right["key"]
+
+
+@given(some_keys.filter(lambda keys: len(keys) > 1), some_keys, st.data())
+@quickly
+def test_a_listing_out_of_order_or_with_a_page_repeated_is_refused(
+    listed: list[str], known: list[str], data: st.DataObject
+) -> None:
+    first, second = sorted(data.draw(st.lists(st.integers(0, len(listed) - 1), min_size=2, max_size=2, unique=True)))
+    swapped = list(listed)
+    swapped[first], swapped[second] = swapped[second], swapped[first]
+    repeated = listed[: second + 1] + listed[first:]
+    for wrong in (swapped, repeated):
+        with pytest.raises(SourceError, match="not in order"):
+            list(plan.merge_join(map(info, wrong), map(row, known)))
+
+
+@given(some_keys, some_keys, st.integers(1, 30))
+@quickly
+def test_a_limit_ends_the_join_at_that_many_listed_objects(listed: list[str], known: list[str], limit: int) -> None:
+    whole = list(plan.merge_join(map(info, listed), map(row, known)))
+    limited = list(plan.up_to_limit(plan.merge_join(map(info, listed), map(row, known)), limit))
+    assert limited == whole[: len(limited)]
+    assert sum(left is not None for left, _ in limited) == min(limit, len(listed))
+    assert limited == whole or limited[-1][0] is not None
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "expected"),
+    [
+        (row("k"), info("k"), True),
+        (row("k", failure_kind="corrupt"), info("k"), True),
+        (row("k", failure_kind="missing"), info("k"), False),
+        (row("k"), info("k", etag="e2"), False),
+        (row("k"), info("k", size_bytes=11), False),
+        (row("k", etag=None), info("k", etag=None), True),
+        (row("k", etag=None), info("k", etag=None)._replace(last_modified=WHEN.replace(hour=1)), False),
+        (row("k"), info("k")._replace(last_modified=WHEN.replace(hour=1)), True),
+    ],
+)
+def test_an_outcome_stands_while_the_object_is_the_same(known: CatalogRow, found: ObjectInfo, expected: bool) -> None:
+    assert plan.is_final(known, found) is expected
+
+
+@pytest.mark.parametrize("kind", list(FailureKind))
+def test_failures_that_may_pass_are_tried_again(kind: FailureKind) -> None:
+    assert plan.is_final(row("k", failure_kind=str(kind)), info("k")) is (kind not in TRANSIENT)
+
+
+# --- a whole range ------------------------------------------------------------------------------------------------
+
+
+class Place:
+    """An input folder, an output folder, and the catalog of an earlier night."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.output_folder = folder / "in", folder / "out"
+        self.source.mkdir(parents=True)
+        self.output: Store = storage.connect(str(self.output_folder))
+        self.catalog: list[FileRef] = []
+
+    def write(self, sizes: dict[str, int]) -> dict[str, ObjectInfo]:
+        for key, size_bytes in sizes.items():
+            path = self.source / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(size_bytes))
+        return {each.key: each for page in storage.connect(str(self.source)).list_pages() for each in page}
+
+    def remember(self, rows: Sequence[CatalogRow], *, rows_per_file: int = 7) -> None:
+        for number, start in enumerate(range(0, len(rows), rows_per_file)):
+            some = rows[start : start + rows_per_file]
+            data = plan.to_parquet(pa.Table.from_pylist(list(some), schema.CATALOG))
+            key = f"_catalog/{number}.parquet"
+            self.output.put(key, data)
+            sha256 = hashlib.sha256(data).hexdigest()
+            self.catalog.append(FileRef(key=key, num_rows=len(some), size_bytes=len(data), sha256=sha256))
+
+    def options(self, **options: Any) -> dict[str, Any]:
+        return {"scope": Scope(), "catalog": self.catalog, "limit": None, "records_deletions": True, **options}
+
+    def plan(self, run_id: str = RUN, max_unit_rows: int = 1024, **options: Any) -> Range:
+        urls = storage.normalize(str(self.source)), self.output.root
+        return plan.plan_range(*urls, run_id, max_unit_rows=max_unit_rows, **self.options(**options))
+
+    def count(self, **options: Any) -> dict[str, int]:
+        return plan.count(storage.normalize(str(self.source)), self.output.root, **self.options(**options))
+
+    def units(self, planned: Range) -> Iterator[tuple[str, pa.Table]]:
+        for chunk in planned.chunks:
+            for unit_id in chunk.unit_ids:
+                yield unit_id, plan.read_unit(self.output, chunk.key, unit_id)
+
+    def planned_keys(self, planned: Range) -> list[str]:
+        return [key for _, table in self.units(planned) for key in table.column("key").to_pylist()]
+
+    def deleted_keys(self, planned: Range) -> list[str]:
+        return [each["key"] for file in planned.deletions for each in self.read(file)]
+
+    def read(self, key: str) -> list[dict[str, Any]]:
+        return list(pq.read_table(pa.BufferReader(self.output.get(key))).to_pylist())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+Fate = st.sampled_from(
+    ["new", "same", "same failure", "may pass", "other etag", "other size", "gone", "left out", "left out and known"]
+)
+fates = st.dictionaries(st.from_regex(r"[a-cé](/[a-c]|-[a-c]|)[0-9]", fullmatch=True), Fate, max_size=24)
+
+
+@given(fates, st.booleans(), st.sampled_from([1, 3, 1024]), st.sampled_from([2, 1000]))
+@settings(deadline=None, max_examples=25, derandomize=True)
+def test_every_object_is_planned_unchanged_deleted_or_filtered(
+    fate_of: dict[str, str], records_deletions: bool, max_unit_rows: int, rows_per_file: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(Path(folder))
+        listed = place.write({key: 1 + len(key) for key, fate in fate_of.items() if fate != "gone"})
+        known: list[CatalogRow] = []
+        for key in sorted({*fate_of}, key=str.encode):
+            fate, found = fate_of[key], listed.get(key)
+            if fate not in ("new", "left out"):
+                etag, size_bytes = (found.etag, found.size_bytes) if found else ("e", 1)
+                known.append(
+                    row(
+                        key,
+                        "another" if fate == "other etag" else etag,
+                        size_bytes + (fate == "other size"),
+                        {"same failure": "corrupt", "may pass": "unavailable"}.get(fate),
+                    )
+                )
+        place.remember(known, rows_per_file=rows_per_file)
+        left_out = {key for key, fate in fate_of.items() if fate.startswith("left out")}
+        scope = Scope(exclude=tuple(sorted(left_out)))
+        excluded = {key for key in listed if any(key == name or key.endswith(f"/{name}") for name in left_out)}
+        options = {"scope": scope, "records_deletions": records_deletions}
+        planned = place.plan(max_unit_rows=max_unit_rows, **options)
+
+        def keys_of(*names: str) -> list[str]:
+            return sorted((key for key, fate in fate_of.items() if fate in names and key not in excluded), key=str.encode)
+
+        to_do = keys_of("new", "may pass", "other etag", "other size")
+        known_keys = {each["key"] for each in known}
+        deleted = sorted(({*keys_of("gone")} | (excluded & known_keys)) if records_deletions else [], key=str.encode)
+        assert place.planned_keys(planned) == to_do
+        assert place.deleted_keys(planned) == deleted
+        assert planned.counts == {
+            "listed": len(listed),
+            "filtered": len(excluded),
+            "unchanged": len(keys_of("same", "same failure")),
+            "planned": len(to_do),
+            "deleted": len(deleted),
+        }
+        assert place.count(**options) == planned.counts
+        for unit_id, table in place.units(planned):
+            assert plan.unit_id(table) == unit_id
+            assert len(table) <= max_unit_rows
+        assert sum(chunk.num_objects for chunk in planned.chunks) == len(to_do)
+        assert sum(chunk.encoded_bytes for chunk in planned.chunks) == sum(listed[key].size_bytes for key in to_do)
+
+
+def _sizes(place: Place, planned: Range) -> list[int]:
+    return [len(table) for _, table in place.units(planned)]
+
+
+def test_units_grow_along_the_ramp(place: Place) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        place.source.mkdir(exist_ok=True)
+        list(pool.map(lambda number: (place.source / f"{number:05d}").touch(), range(16 * 64 + 3 * 256 + 10)))
+    planned = place.plan()
+    assert _sizes(place, planned) == [64] * 16 + [256] * 3 + [10]
+    assert [len(chunk.unit_ids) for chunk in planned.chunks] == [16, 4]
+
+
+def test_the_ramp_ends_at_the_largest_unit_and_never_exceeds_it() -> None:
+    assert list(itertools.islice(plan._row_limits(1024), 34)) == [64] * 16 + [256] * 16 + [1024] * 2
+    assert set(itertools.islice(plan._row_limits(100), 40)) == {64, 100}
+    assert set(itertools.islice(plan._row_limits(3), 40)) == {3}
+
+
+@pytest.mark.parametrize(("input_px", "expected"), [(64, 1024), (224, 1024), (384, 361), (8000, 1)])
+def test_the_largest_unit_is_bounded_by_its_model_input(input_px: int, expected: int) -> None:
+    assert plan.max_unit_rows(input_px) == expected
+    assert expected == 1 or expected * input_px * input_px * 3 <= plan.MAX_UNIT_INPUT_BYTES
+
+
+def test_a_unit_is_bounded_by_its_encoded_bytes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MAX_UNIT_ENCODED_BYTES", 100)
+    place.write({"a": 60, "b": 40, "c": 1, "d": 500, "e": 60, "f": 60})
+    assert _sizes(place, place.plan()) == [2, 1, 1, 1, 1]
+
+
+def test_units_do_not_depend_on_how_the_listing_was_paged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.write({f"{number // 7}/{number:03d}": number for number in range(150)})
+    ids = set()
+    for page_objects in (1, 7, 64, 1000):
+        monkeypatch.setattr(storage, "_PAGE_OBJECTS", page_objects)
+        planned = place.plan(f"{page_objects:08d}-00000000")
+        ids.add(tuple(unit_id for unit_id, _ in place.units(planned)))
+    assert len(ids) == 1
+
+
+def test_a_unit_id_changes_with_everything_that_makes_its_objects_and_with_nothing_else() -> None:
+    def unit_id(*infos: ObjectInfo, root: str = "s3://a", **columns: list[Any]) -> str:
+        table = plan.objects_table(root, infos)
+        for name, values in columns.items():
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, schema.OBJECTS.field(name), pa.array(values, schema.OBJECTS.field(name).type))
+        return plan.unit_id(table)
+
+    first, second = info("a"), info("b")
+    base = unit_id(first, second)
+    others = [
+        unit_id(first),
+        unit_id(second, first),
+        unit_id(first, info("c")),
+        unit_id(first, info("b", etag="e2")),
+        unit_id(first, info("b", etag=None)),
+        unit_id(first, info("b", size_bytes=11)),
+        unit_id(first, second, container=["x.tar", "x.tar"]),
+        unit_id(first, second, container_row=[1, 2]),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+    assert unit_id(first, second, root="s3://b") == base
+    assert unit_id(first, second._replace(last_modified=None, storage_class="X", version_id="v")) == base
+
+
+def test_a_unit_is_read_back_as_it_was_listed(place: Place) -> None:
+    listed = place.write({f"é {number}.jpg": number for number in range(200)})
+    planned = place.plan(max_unit_rows=9)
+    tables = [table for _, table in place.units(planned)]
+    assert all(table.schema.equals(schema.OBJECTS) for table in tables)
+    rows = pa.concat_tables(tables).to_pylist()
+    assert [each["key"] for each in rows] == list(listed)
+    root = storage.normalize(str(place.source))
+    for each in rows:
+        found = listed[each["key"]]
+        assert each["uri"] == f"{root}/{found.key}"
+        assert (each["etag"], each["size_bytes"], each["last_modified"]) == (
+            found.etag,
+            found.size_bytes,
+            found.last_modified,
+        )
+        assert (each["container"], each["container_row"], each["version_id"]) == (None, None, None)
+
+
+def test_a_unit_that_is_not_in_its_chunk_is_a_conflict(place: Place) -> None:
+    place.write({"a": 1})
+    (chunk,) = place.plan().chunks
+    with pytest.raises(ConflictError, match=f"expected unit nothing, found .*{chunk.unit_ids[0]}"):
+        plan.read_unit(place.output, chunk.key, "nothing")
+
+
+# --- planned once -------------------------------------------------------------------------------------------------
+
+
+def test_a_planned_range_is_never_planned_again_whatever_the_bucket_looks_like_by_then(place: Place) -> None:
+    place.write({"a": 1, "b": 2})
+    planned = place.plan()
+    before = sorted(storage.list_keys(place.output, ""))
+    shutil.rmtree(place.source)
+    assert place.plan() == planned
+    assert sorted(storage.list_keys(place.output, "")) == before
+    assert place.planned_keys(planned) == ["a", "b"]
+
+
+def test_of_two_planners_one_wins_and_both_give_its_chunks(place: Place) -> None:
+    place.write({f"{number:02d}": number for number in range(50)})
+    with ThreadPoolExecutor(4) as pool:
+        ranges = list(pool.map(lambda _: place.plan(), range(4)))
+    assert all(each == ranges[0] for each in ranges)
+    assert len(place.planned_keys(ranges[0])) == 50
+
+
+def test_the_first_seal_wins(place: Place) -> None:
+    place.write({"a": 1, "b": 2})
+    planned = place.plan()
+    assert plan.read(place.output, RUN) is None
+    sealed = plan.seal(place.output, RUN, [planned])
+    other = dataclasses.replace(planned, chunks=[], counts={**planned.counts, "planned": 0})
+    assert plan.seal(place.output, RUN, [other]) == sealed == plan.read(place.output, RUN)
+    assert (sealed.num_units, sealed.encoded_bytes, sealed.counts) == (1, 3, planned.counts)
+
+
+def test_the_counts_of_a_plan_are_the_sums_of_its_ranges(place: Place) -> None:
+    place.write({"a": 1, "b": 2})
+    planned = place.plan()
+    sealed = plan.seal(place.output, RUN, [planned, dataclasses.replace(planned, range_id="0001")])
+    assert sealed.counts == {name: 2 * number for name, number in planned.counts.items()}
+    assert sealed.num_units == 2
+
+
+def test_objects_of_some_units_are_counted(place: Place) -> None:
+    place.write({f"{number:03d}": 1 for number in range(40)})
+    sealed = plan.seal(place.output, RUN, [place.plan(max_unit_rows=2)])
+    ids = [unit_id for chunk in sealed.chunks for unit_id in chunk.unit_ids]
+    assert len(sealed.chunks) == 2
+    assert plan.num_objects(place.output, sealed, set()) == 0
+    assert plan.num_objects(place.output, sealed, {*ids, "of another run"}) == 40
+    assert plan.num_objects(place.output, sealed, {*ids[:17]}) == 34
+
+
+def test_counting_writes_nothing(place: Place) -> None:
+    place.write({"a": 1})
+    assert place.count()["planned"] == 1
+    assert not place.output_folder.exists()
+
+
+# --- what a night records -----------------------------------------------------------------------------------------
+
+
+def test_a_limit_looks_at_the_first_objects_in_scope_changed_or_not(place: Place) -> None:
+    listed = place.write({"a": 1, "b": 1, "c.txt": 1, "d": 1, "e": 1})
+    place.remember([row("a", listed["a"].etag, 1), row("a2")])
+    planned = place.plan(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",)))
+    assert place.planned_keys(planned) == ["b", "d"]
+    assert planned.counts == {"listed": 4, "filtered": 1, "unchanged": 1, "planned": 2, "deleted": 0}
+    assert place.count(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",))) == planned.counts
+
+
+def test_a_run_that_does_not_record_deletions_keeps_what_it_does_not_see(place: Place) -> None:
+    place.write({"a": 1})
+    place.remember([row("gone")])
+    planned = place.plan(records_deletions=False)
+    assert (planned.deletions, planned.counts["deleted"]) == ([], 0)
+
+
+def test_deletions_are_the_catalogs_rows(place: Place) -> None:
+    place.write({"b": 1})
+    place.remember([row("a", failure_kind="corrupt"), row("c")])
+    planned = place.plan()
+    (file,) = planned.deletions
+    assert place.read(file) == [row("a", failure_kind="corrupt"), row("c")]
+
+
+def test_an_empty_source_is_a_plan_without_units(place: Place) -> None:
+    planned = place.plan()
+    assert (planned.chunks, planned.deletions) == ([], [])
+    assert Counter(planned.counts).total() == 0
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "another"])
+def test_a_damaged_catalog_is_a_conflict_and_named(place: Place, damage: str) -> None:
+    place.remember([row(f"{number:05d}") for number in range(20_000)], rows_per_file=20_000)
+    path = place.output_folder / place.catalog[0].key
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "flipped":
+        path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
+    else:
+        path.write_bytes(plan.to_parquet(pa.Table.from_pylist([row("x")], schema.CATALOG)))
+    with pytest.raises(ConflictError, match=r"_catalog/0\.parquet: .*restore it"):
+        list(plan.read_catalog(place.output, place.catalog))

@@ -1,0 +1,128 @@
+"""SIGKILL of the driver between any two writes of the protocol, then the same command."""
+
+import signal
+from pathlib import Path
+
+import boto3
+import checkpoints
+import published
+import pytest
+from cluster import Head
+
+from pipeline.draw import draw_file
+
+CRASH_POINTS = (
+    "claimed",
+    "planned",
+    "plan-sealed",
+    "part-committed",
+    "part-committed:2",
+    "labeled",
+    "publish-sealed",
+    "file-published",
+    "file-published:2",
+    "deletions-published",
+    "catalog-published",
+    "committed",
+)
+
+
+@pytest.fixture(scope="module")
+def source(head: Head) -> str:
+    """300 objects of which 12 are broken: 5 units."""
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="resume")
+    for index in range(300):
+        file = draw_file(3, index, broken_fraction=0.04)
+        client.put_object(Bucket="resume", Key=f"in/{file.path}", Body=file.data)
+    return "s3://resume/in"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that computes in milliseconds."""
+    return str(checkpoints.write_small(tmp_path_factory.mktemp("model")))
+
+
+def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(head: Head, source: str, model: str) -> None:
+    undisturbed, disturbed = "s3://resume/undisturbed", "s3://resume/disturbed"
+    options = ("--input", source, "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options, "--output", undisturbed).returncode == 0
+
+    parts: dict[str, tuple[str, str]] = {}
+    num_parts = []
+    for point in CRASH_POINTS:
+        killed = head.label_bucket(*options, "--output", disturbed, crash_at=point)
+        assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
+        now = published.parts(disturbed)
+        assert parts.items() <= now.items(), f"a finished part was written again after the crash at {point}"
+        parts = now
+        num_parts.append(len(parts))
+        num_commits = len(published.entries(disturbed))
+        assert num_commits == (point == "committed"), point
+    assert 0 < num_parts[CRASH_POINTS.index("part-committed")] < num_parts[-1] == 5, num_parts
+
+    finished = head.label_bucket(*options, "--output", disturbed)
+    assert finished.returncode == 0, finished.stderr
+    assert published.parts(disturbed) == parts
+    first, second = published.entries(disturbed)
+    assert first["counts"] == published.entries(undisturbed)[0]["counts"]
+    assert second["counts"]["unchanged"] == 300
+    for kind in ("labels", "failures"):
+        assert published.table(disturbed, kind).equals(published.table(undisturbed, kind)), kind
+        assert published.table(disturbed, kind).num_rows > 0
+
+
+def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_own(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--limit=100")
+    killed = head.label_bucket(*options, crash_at="publish-sealed")
+    assert killed.returncode == -signal.SIGKILL
+    assert published.entries(output) == []
+    other = head.label_bucket(*options[:-1], "--limit=120")
+    assert other.returncode == 0, other.stderr
+    first, second = published.entries(output)
+    assert first["counts"]["listed"] == 100
+    assert (second["counts"]["unchanged"], second["counts"]["listed"]) == (100, 120)
+
+
+def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abandoned(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options, "--limit=70", crash_at="plan-sealed").returncode == -signal.SIGKILL
+    before = published.keys(output)
+    refused = head.label_bucket(*options, "--limit=80")
+    assert refused.returncode == 5
+    assert "open run 00000001-" in refused.stderr
+    assert "limit: that run has 70, this command 80" in refused.stderr
+    assert "--abandon-run" in refused.stderr
+    assert published.keys(output) == before
+    done = head.label_bucket(*options, "--limit=80", "--abandon-run")
+    assert done.returncode == 0, done.stderr
+    assert [entry["kind"] for entry in published.entries(output)] == ["abandoned", "run"]
+    assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
+
+
+def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_continues_it(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(60):
+        (images / f"{index:03d}.jpg").write_bytes(b"\xff\xd8\xff\xe0" + bytes([index]) * 100)
+    output = str(tmp_path / "out")
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    over = head.label_bucket(*options)
+    assert over.returncode == 4, over.stderr
+    assert "60 of 60 objects failed, 20 are allowed" in over.stderr
+    assert published.entries(output) == []
+    assert published.reports(output)[0]["exit_code"] == 4
+    parts = published.parts(output)
+    done = head.label_bucket(*options, "--max-failed-fraction=1")
+    assert done.returncode == 0, done.stderr
+    assert published.parts(output) == parts
+    assert published.entries(output)[0]["counts"]["failed"] == 60
