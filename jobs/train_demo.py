@@ -3,9 +3,10 @@
 
 As in the DeiT paper a small convolutional network learns first and teaches: the CLS head learns the drawn class, the
 distillation head the teacher's answer. A transformer of this size learns little from 3e4 pictures, so two things
-shorten the way. Each patch token also learns to point where the teacher's features at that place point, through a
-matrix that is thrown away afterwards. And the weights start from what image models learn first: the patch embedding is
-a cosine transform with almost no mean colour, the position embeddings are waves, and every head looks at a neighbour.
+shorten the way. Inside, its patches learn to say what the teacher's layers say at the same place, through matrices that
+are thrown away afterwards (the hints of FitNets, arXiv 1412.6550). And its weights start from what image models learn
+first: the patch embedding is a cosine transform with almost no mean colour, the position embeddings are waves, and
+every head looks at a neighbour.
 
 Everything is seeded: the same versions and kind of processor, with --threads 1, give the same weights.
 """
@@ -53,6 +54,9 @@ HEAD_OFFSETS = (
     ((2, 0), (-2, 0), (0, 0)),
 )
 """Where each head of each layer looks at first, in patches (down, right) from its own: what a convolution reads."""
+
+HINTS = ((1, 2), (2, 3), (4, 4))
+"""(number of layers of the student, index of the teacher's layer): where each patch says what the teacher says."""
 
 PREPROCESSOR = {
     "crop_size": INPUT_PX,
@@ -117,7 +121,7 @@ def batches(pictures: Pictures, num_epochs: int, batch_size: int, seed: int) -> 
 
     for _ in range(num_epochs):
         order = torch.randperm(len(pictures.labels_N), generator=generator)
-        for index_B in order.split(batch_size)[: len(order) // batch_size]:
+        for index_B in torch.split(order, batch_size)[: len(order) // batch_size]:
             top, left = chance(RESIZE_PX - INPUT_PX + 1, 2).tolist()
             pixels = pictures.pixels_NCHW[index_B, :, top : top + INPUT_PX, left : left + INPUT_PX]
             pixels = torch.where(chance(2, batch_size, 1, 1, 1) == 1, pixels.flip(3), pixels)
@@ -131,23 +135,23 @@ def normalized(pixels_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 class Teacher(nn.Module):
-    """Convolutions whose features have one place per patch of the student: forward gives (features_BCHW, logits_BK)."""
+    """Five convolutions; the last three have one place per patch of the student."""
 
     def __init__(self) -> None:
         super().__init__()
-        layers = [(3, 24, 2), (24, 48, 2), (48, TEACHER_CHANNELS, 2), *[(TEACHER_CHANNELS, TEACHER_CHANNELS, 1)] * 2]
-        self.features = nn.Sequential(
-            *itertools.chain.from_iterable(
-                (nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
-                for inputs, outputs, stride in layers
-            )
+        sizes = [(3, 24, 2), (24, 48, 2), (48, TEACHER_CHANNELS, 2), *[(TEACHER_CHANNELS, TEACHER_CHANNELS, 1)] * 2]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+            for inputs, outputs, stride in sizes
         )
         self.head = nn.Linear(TEACHER_CHANNELS, len(CLASSES))
 
-    def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the class."""
-        features_BCHW = self.features(pixels_BCHW)
-        return features_BCHW, self.head(features_BCHW.mean(dim=(2, 3)))
+    def forward(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (B, K), and of each layer (B, C, H, W) of mean 0 and variance 1, as normalized before its ReLU."""
+        outputs: list[torch.Tensor] = []
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1].relu() if outputs else pixels_BCHW))
+        return self.head(outputs[-1].relu().mean(dim=(2, 3))), outputs
 
 
 def train_teacher(pictures: Pictures, num_epochs: int, batch_size: int) -> Teacher:
@@ -158,9 +162,9 @@ def train_teacher(pictures: Pictures, num_epochs: int, batch_size: int) -> Teach
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps, pct_start=0.2)
     steps = tqdm(batches(pictures, num_epochs, batch_size, TRAIN_SEED), total=num_steps, desc="teacher")
     for batch in steps:
-        loss = functional.cross_entropy(teacher(batch.pixels_BCHW)[1], batch.labels_B, label_smoothing=LABEL_SMOOTHING)
+        loss = functional.cross_entropy(teacher(batch.pixels_BCHW)[0], batch.labels_B, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         steps.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -194,17 +198,22 @@ def new_student() -> DeiTForImageClassificationWithTeacher:
         filters[:num_position_dims] = 0
         filters[num_position_dims:] = _cosines(config.hidden_size - num_position_dims)
         for layer, offsets in zip(student.deit.layers, HEAD_OFFSETS, strict=True):
-            query_key = layer.attention.q_proj.weight, layer.attention.k_proj.weight
-            for weight in query_key:
-                weight.mul_(0.25)
-            # What a layer adds leaves the positions readable for the next one.
-            layer.attention.o_proj.weight[:num_position_dims] = 0
-            layer.mlp.fc2.weight[:num_position_dims] = 0
-            for head, offset in enumerate(offsets):
-                rows = slice(head * num_position_dims, (head + 1) * num_position_dims)
-                query_key[0][rows, :num_position_dims] += 1.3 * _shift(offset, num_position_dims)
-                query_key[1][rows, :num_position_dims] += 1.3 * torch.eye(num_position_dims)
+            _look_at_neighbours(layer, offsets, num_position_dims)
     return student
+
+
+def _look_at_neighbours(layer: nn.Module, offsets: Sequence[tuple[int, int]], num_position_dims: int) -> None:
+    """Make each head of the layer find the patch at its offset, by the positions in the first channels."""
+    query, key = (layer.get_parameter(f"attention.{name}_proj.weight") for name in "qk")
+    query.mul_(0.25)
+    key.mul_(0.25)
+    for head, offset in enumerate(offsets):
+        rows = slice(head * num_position_dims, (head + 1) * num_position_dims)
+        query[rows, :num_position_dims] += 1.3 * _shift(offset, num_position_dims)
+        key[rows, :num_position_dims] += 1.3 * torch.eye(num_position_dims)
+    # What the layer adds leaves the positions readable for the next one.
+    for name in ("attention.o_proj.weight", "mlp.fc2.weight"):
+        layer.get_parameter(name)[:num_position_dims] = 0
 
 
 def _grid(side: int) -> torch.Tensor:
@@ -229,7 +238,8 @@ def _shift(offset: tuple[int, int], dim: int) -> torch.Tensor:
     for step in offset:
         cos, sin = torch.diag((step * _frequencies(dim)).cos()), torch.diag((step * _frequencies(dim)).sin())
         blocks.append(torch.cat([torch.cat([cos, sin], dim=1), torch.cat([-sin, cos], dim=1)]))
-    return torch.block_diag(*blocks)
+    shift: torch.Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return shift
 
 
 def _cosines(dim: int) -> torch.Tensor:
@@ -254,19 +264,21 @@ def train_student(
     pictures: Pictures, teacher: Teacher, num_epochs: int, batch_size: int
 ) -> DeiTForImageClassificationWithTeacher:
     """A student in evaluation mode."""
-    student = new_student().train()
-    to_teacher = nn.Linear(student.config.hidden_size, TEACHER_CHANNELS)
-    parameters = [*student.parameters(), *to_teacher.parameters()]
+    student = new_student()
+    student.train()
+    hints = nn.ModuleList(nn.Linear(student.config.hidden_size, TEACHER_CHANNELS) for _ in HINTS)
+    parameters = [*student.parameters(), *hints.parameters()]
     num_steps = num_epochs * (len(pictures.labels_N) // batch_size)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 2e-3, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
+        optimizer, 3e-3, total_steps=num_steps, pct_start=0.1, cycle_momentum=False
     )
     steps = tqdm(batches(pictures, num_epochs, batch_size, TRAIN_SEED), total=num_steps, desc="student")
     for batch in steps:
         with torch.no_grad():
-            features_BCHW, teacher_logits_BK = teacher(batch.pixels_BCHW)
-        tokens_BTD = student.deit(batch.pixels_BCHW).last_hidden_state
+            teacher_logits_BK, features = teacher(batch.pixels_BCHW)
+        output = student.deit(batch.pixels_BCHW, output_hidden_states=True)
+        tokens_BTD = output.last_hidden_state
         losses = [
             functional.cross_entropy(head(tokens_BTD[:, token]), labels_B, label_smoothing=LABEL_SMOOTHING)
             for head, token, labels_B in (
@@ -274,17 +286,19 @@ def train_student(
                 (student.distillation_classifier, 1, teacher_logits_BK.argmax(dim=1)),
             )
         ]
-        agreement = functional.cosine_similarity(
-            to_teacher(tokens_BTD[:, 2:]), features_BCHW.flatten(2).transpose(1, 2), dim=-1
-        ).mean()
-        loss = sum(losses) / 2 + 2 * (1 - agreement)
+        distances = [
+            functional.mse_loss(hint(output.hidden_states[layer][:, 2:]), features[teacher_layer].flatten(2).mT)
+            for hint, (layer, teacher_layer) in zip(hints, HINTS, strict=True)
+        ]
+        loss = torch.stack(losses).mean() + torch.stack(distances).sum()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        steps.set_postfix(cls=f"{losses[0].item():.3f}", agreement=f"{agreement.item():.3f}", refresh=False)
-    return student.eval()
+        steps.set_postfix(cls=f"{losses[0].item():.3f}", hint=f"{distances[-1].item():.3f}", refresh=False)
+    student.train(False)
+    return student
 
 
 def save(student: DeiTForImageClassificationWithTeacher, folder: Path) -> None:

@@ -2,14 +2,15 @@
 
     units ──> prepare (CPU task) ──> label (actor pool) ──> commit (CPU task) ──> one summary row per unit
 
-One unit is one block, one task in each stage, one part. Two settings keep it so: `target_max_block_size = None`, or
-big blocks would be split, and another `num_cpus` for every stage, or the engine would fuse neighbours with equal ones
+One unit is one row, one block, one task in each stage, one part. Three things keep it so. A unit travels as a single
+row with its table nested in it, so no batching of the engine can split or join units. `target_max_block_size = None`,
+or big blocks would be split. And every stage has another `num_cpus`, or the engine would fuse neighbours with equal ones
 (there is no public switch, ray-project/ray#54433). A module of its own so that the wiring is one readable expression.
 """
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -114,6 +115,16 @@ def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | 
     return Resources(device=chosen, num_actors=num_actors or most, cluster_cpus=cpus, cluster_gpus=gpus)
 
 
+def check_model(task: Task, device: Device) -> None:
+    """Build the model once where actors will run. Raises ConfigError for weights that are not its architecture's."""
+    ray.get(_check_model.options(num_cpus=0.5, num_gpus=1 if device == "cuda" else 0).remote(task, device))
+
+
+@ray.remote
+def _check_model(task: Task, device: Device) -> None:
+    _Label(task, device)
+
+
 def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
     """Do the work, in waves, and give a summary of each unit as its part is committed, in no order."""
     for wave in _batched(work, UNITS_PER_WAVE):
@@ -133,7 +144,7 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
         ray.data.from_arrow([pa.table({"unit_id": [each.unit_id], "chunk_key": [each.chunk_key]}) for each in work])
         .map_batches(
             partial(_prepare, task),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(),
             num_cpus=resources.prepare_cpus,
@@ -141,7 +152,7 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
         .map_batches(
             _Label,
             fn_constructor_args=(task, resources.device),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=resources.num_actors),
             num_cpus=resources.actor_cpus,
@@ -149,7 +160,7 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
         )
         .map_batches(
             partial(_commit, task),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             compute=TaskPoolStrategy(),
             num_cpus=COMMIT_CPUS,
@@ -163,8 +174,8 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
     source = storage.connect(task.input_url)
     table, decode_s = prepare_unit(source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s)
-    timings = {"prepare_s": time.perf_counter() - started_s, "decode_s": decode_s}
-    return _with_leading(table, {"unit_id": row["unit_id"], **timings})
+    prepare_s = time.perf_counter() - started_s
+    return pack_unit(table, {"unit_id": row["unit_id"], "prepare_s": prepare_s, "decode_s": decode_s})
 
 
 class _Label:
@@ -184,32 +195,36 @@ class _Label:
         )
         self._idle_since_s = time.perf_counter()
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, packed: pa.Table) -> pa.Table:
         started_s = time.perf_counter()
+        table, facts = unpack_unit(packed)
         labeled = self._labeler(table)
         ended_s = time.perf_counter()
         timings = {"label_wait_s": started_s - self._idle_since_s, "label_s": ended_s - started_s}
         self._idle_since_s = ended_s
-        return _with_leading(labeled, timings)
+        return pack_unit(labeled, facts | timings)
 
 
-def _commit(task: Task, table: pa.Table) -> pa.Table:
-    """Commit the whole units in `table`, which are usually one: an engine version may bundle small blocks."""
-    output = storage.connect(task.output_url)
-    summaries = []
-    leading = ("unit_id", "prepare_s", "decode_s", "label_s", "label_wait_s")
-    for unit_id in table.column("unit_id").unique().to_pylist():
-        unit = table.filter(pa.compute.equal(table.column("unit_id"), unit_id))
-        first = {name: unit.column(name)[0].as_py() for name in leading}
-        part = parts.write_part(output, task.run_id, unit_id, unit.drop_columns(list(leading)))
-        summaries.append({**first, "num_rows": part.num_rows, "failures": json.dumps(part.failures)})
-    return pa.Table.from_pylist(summaries)
+def _commit(task: Task, packed: pa.Table) -> pa.Table:
+    table, facts = unpack_unit(packed)
+    part = parts.write_part(storage.connect(task.output_url), task.run_id, facts["unit_id"], table)
+    return pa.Table.from_pylist([{**facts, "num_rows": part.num_rows, "failures": json.dumps(part.failures)}])
 
 
-def _with_leading(table: pa.Table, values: dict[str, Any]) -> pa.Table:
-    for name, value in values.items():
-        table = table.add_column(0, name, pa.repeat(pa.scalar(value), len(table)))
-    return table
+def pack_unit(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
+    """A unit's rows as one row: the columns of `facts`, and `rows` with the table. Copies nothing but offsets."""
+    rows = table.combine_chunks().to_struct_array()
+    rows = rows.chunk(0) if rows.num_chunks else pa.array([], rows.type)
+    nested = pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
+    return pa.table({**{name: [value] for name, value in facts.items()}, "rows": nested})
+
+
+def unpack_unit(packed: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+    """The table and the facts that `pack_unit` was given. Raises ValueError for anything but one unit."""
+    if len(packed) != 1:
+        raise ValueError(f"expected one unit as one row, found {len(packed)} rows")
+    (facts,) = packed.drop_columns(["rows"]).to_pylist()
+    return pa.Table.from_struct_array(packed.column("rows").chunk(0).flatten()), facts
 
 
 def _batched(items: Iterable[Work], size: int) -> Iterator[list[Work]]:

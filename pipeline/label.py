@@ -1,13 +1,9 @@
-"""Decoded units -> labeled units: the actor that holds the model.
-
-One call takes one or more whole units as a table (schema.DECODED, with a `unit_id` column before it where there are
-several) and gives the same rows in the same order as schema.labeled.
+"""A decoded unit -> a labeled unit: the actor that holds the model.
 
 A module apart from `model`, because the driver and Ray's task machinery import it to name the actor class, and must not
 pay for torch: the import happens in the actor's constructor.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,9 +32,9 @@ def compute_precision(precision: Literal["auto", "fp32", "bf16"], device: Device
 
 
 class Labeler:
-    """The actor. Built where it runs, from small picklable arguments; called with tables of whole units.
+    """The actor. Built where it runs, from small picklable arguments; called with one unit (schema.DECODED) at a time.
 
-    Micro-batches hold the decodable rows of one unit, at most `batch_size` of them, and the last one is padded to
+    Micro-batches hold the decodable rows of the unit, at most `batch_size` of them, and the last one is padded to
     that size (with whatever was there: rows do not see each other): a row's result depends on its unit and on nothing
     that happened to travel with it.
 
@@ -86,27 +82,25 @@ class Labeler:
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Label a table of whole units. The pixels stay behind; columns before those of schema.DECODED pass through.
+        """Label one unit. The pixels stay behind.
 
         Rows that failed before have empty label lists and a zero vector; rows for which the model gave no finite
         numbers become failures of kind `model_nonfinite`, stage `label`. Raises ValueError for a row that neither
         failed nor has the pixels of one model input: a stage before this one is broken.
         """
         pixels = pixel_views(table["pixels"], self._batch_BHWC.shape[1:])
-        has_failed = table["failure_kind"].is_valid().to_numpy()
+        rows = np.flatnonzero(table["failure_kind"].is_null().to_numpy()).tolist()
         results = _Results(len(table), self._top_k, self._embedding_dim)
-        for unit in _unit_ranges(table):
-            rows = [row for row in unit if not has_failed[row]]
-            for start in range(0, len(rows), len(self._batch_BHWC)):
-                batch_rows = rows[start : start + len(self._batch_BHWC)]
-                for position, row in enumerate(batch_rows):
-                    image = pixels[row]
-                    if image is None:
-                        raise ValueError(
-                            f"{table['uri'][row]}: expected a failure or a model input's pixels, found neither"
-                        )
-                    self._batch_BHWC[position] = image
-                results.put(batch_rows, self._predict(self._classifier, self._batch_BHWC, top_k=self._top_k))
+        for start in range(0, len(rows), len(self._batch_BHWC)):
+            batch_rows = rows[start : start + len(self._batch_BHWC)]
+            for position, row in enumerate(batch_rows):
+                image = pixels[row]
+                if image is None:
+                    raise ValueError(
+                        f"{table['uri'][row]}: expected a failure or a model input's pixels, found neither"
+                    )
+                self._batch_BHWC[position] = image
+            results.put(batch_rows, self._predict(self._classifier, self._batch_BHWC, top_k=self._top_k))
         return self._to_table(table, results)
 
     def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
@@ -116,9 +110,8 @@ class Labeler:
             "failure_stage": "label",
             "failure_message": "the model gave numbers that are not finite for this image",
         }
-        leading = [name for name in table.column_names if name not in schema.DECODED.names]
         wanted = schema.labeled(self._embedding_dim)
-        columns = [table[name] for name in leading]
+        columns = []
         for field in wanted:
             if field.name in _ADDED:
                 columns.append(results.column(field, self._label_names))
@@ -126,8 +119,7 @@ class Labeler:
                 columns.append(pc.if_else(nonfinite, replaced[field.name], table[field.name]))
             else:
                 columns.append(table[field.name])
-        fields = [*(table.schema.field(name) for name in leading), *wanted]
-        return pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+        return pa.Table.from_arrays(columns, schema=wanted)
 
 
 class _Results:
@@ -186,16 +178,3 @@ def pixel_views(column: pa.ChunkedArray, shape: tuple[int, ...]) -> list[npt.NDA
                 raise ValueError(f"expected {expected_bytes} bytes of pixels (uint8 {shape}), found {end - begin}")
             views.append(data[begin:end].reshape(shape) if is_valid else None)
     return views
-
-
-def _unit_ranges(table: pa.Table) -> Iterator[range]:
-    """The rows of each unit; the whole table if it does not say."""
-    if "unit_id" not in table.column_names:
-        yield range(len(table))
-        return
-    unit_ids = table["unit_id"].to_pylist()
-    begin = 0
-    for row in range(1, len(unit_ids) + 1):
-        if row == len(unit_ids) or unit_ids[row] != unit_ids[begin]:
-            yield range(begin, row)
-            begin = row

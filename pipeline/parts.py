@@ -82,7 +82,7 @@ def read_part(output: Store, run_id: str, unit_id: str) -> tuple[pa.Table, PartS
 def _open(data: bytes, unit_id: str, where: str) -> pa.Table:
     try:
         table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:  # OSError is what a damaged page gives
         raise ConflictError(
             f"{where}: expected a part, found {storage.describe(error)}; delete it and run again"
         ) from error

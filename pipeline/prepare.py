@@ -41,9 +41,7 @@ def prepare_unit(
     def fill(rows: Iterable[int]) -> None:
         nonlocal busy_s
         rows = list(rows)
-        encoded = fetch(
-            store, [infos[row] for row in rows], max_image_bytes=limits.max_bytes, deadline_s=deadline_s
-        )
+        encoded = fetch(store, [infos[row] for row in rows], max_image_bytes=limits.max_bytes, deadline_s=deadline_s)
         for row, data in zip(rows, encoded, strict=True):
             if isinstance(data, ImageError):
                 results[row] = data

@@ -22,6 +22,9 @@ _PROCESSORS = ("DeiT", "ViT")
 # "FeatureExtractor" is what the files of 2021 say; "Fast" names a torchvision backend of the same processor.
 _PROCESSOR_SUFFIXES = ("FeatureExtractor", "ImageProcessor", "ImageProcessorFast", "ImageProcessorPil")
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 _MAX_RESIZED_PX = 2**24
 """Above this a shortest-edge resize computes only what the crop keeps: 1x30000 would become 256x7680000."""
 # Fields of which one value is supported; absent means that value.
@@ -68,9 +71,9 @@ def spec_from_config(config: Mapping[str, object], *, mode: PreprocessMode, inpu
     only in DeiT's); absent numbers are an error, because the class defaults (mean 0.5) are wrong for every published
     DeiT.
 
-    Mode `checkpoint` obeys the file. Mode `paper` takes only mean, std and rescale factor from it, and resizes the
-    shortest edge to int(256/224 * input_px) bicubic, as the evaluation transform of facebookresearch/deit does:
-    224 -> 256, 384 -> 438.
+    Mode `checkpoint` obeys the file. Mode `paper` takes only the rescale factor from it, and does the rest as the
+    evaluation of facebookresearch/deit does: shortest edge to int(256/224 * input_px) bicubic (224 -> 256, 384 -> 438),
+    ImageNet's mean and std. (The published files of the non-distilled models say 0.5 there.)
 
     `input_px` is the edge of the model's input. Raises `ConfigError` if the file asks for something else or for
     something that is not done here.
@@ -95,6 +98,7 @@ def spec_from_config(config: Mapping[str, object], *, mode: PreprocessMode, inpu
     resize: Literal["squash", "shortest_edge", "none"]
     crop_px: int | None
     if mode == "paper":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
         edge_px = 256 * input_px // 224
         resize, resize_hw_px, resample, crop_px = "shortest_edge", (edge_px, edge_px), _BICUBIC, input_px
     else:

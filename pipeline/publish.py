@@ -354,7 +354,7 @@ def _put_file(output: Store, key: str, table: pa.Table, claim: Claim, parts_dige
     """Write a published file once. One that exists must come from the same parts; it may differ in its bytes when
     another version of the Parquet writer made it.
     """
-    metadata = {**claim.metadata, _PARTS_DIGEST.decode(): parts_digest}
+    metadata = {**claim.metadata, "label_bucket.run_id": claim.run_id, _PARTS_DIGEST.decode(): parts_digest}
     if key.startswith("labels/"):
         metadata["huggingface"] = _huggingface_features(table.schema)
     data = parts.encode(table, metadata)

@@ -57,6 +57,11 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     request = _resolve(config, source, output, state)
     start_engine()
     resources = dataset.resolve_resources(config.device, config.gpu_actors)
+    precision = compute_precision(config.precision, resources.device)
+    if request.base is None:
+        # Wrong weights must be found before the claim, which would block the output; known weights were checked before.
+        with _engine_errors():
+            dataset.check_model(_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources)
     if config.abandon_run and state.open_claim is not None:
@@ -70,7 +75,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         run_date=str(config.run_date or datetime.now(UTC).date()),
         model_id=request.checkpoint.model_id,
         model_revision=request.checkpoint.revision,
-        metadata=_footer_metadata(config, request, compute_precision(config.precision, resources.device)),
+        metadata=_footer_metadata(config, request, precision),
         now=_now(),
     )
     crash_point("claimed")
@@ -329,22 +334,8 @@ def _label(
     ]
     if not work:
         return
-    task = dataset.Task(
-        input_url=request.source.root,
-        output_url=request.output.root,
-        run_id=claim.run_id,
-        spec=request.spec,
-        limits=decode.DecodeLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_px),
-        object_deadline_s=config.object_deadline_s,
-        model=_portable(config.model),
-        model_revision=request.checkpoint.revision,
-        weights_digest=request.checkpoint.weights_digest,
-        pooling=config.embedding,
-        top_k=config.top_k,
-        # A run that is resumed on another device keeps the precision it began with: its files name one.
-        precision="bf16" if claim.metadata[_PRECISION] == "bf16" else "fp32",
-        batch_size=config.batch_size,
-    )
+    # A run that is resumed on another device keeps the precision it began with: its files name one.
+    task = _task(config, request, claim.run_id, claim.metadata[_PRECISION])
     progress = Progress(sealed.counts["planned"], plan.num_objects(request.output, sealed, finished))
     try:
         for unit in dataset.label_units(task, resources, work):
@@ -355,6 +346,24 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
+
+
+def _task(config: Config, request: _Request, run_id: str, precision: str) -> dataset.Task:
+    return dataset.Task(
+        input_url=request.source.root,
+        output_url=request.output.root,
+        run_id=run_id,
+        spec=request.spec,
+        limits=decode.DecodeLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_px),
+        object_deadline_s=config.object_deadline_s,
+        model=_portable(config.model),
+        model_revision=request.checkpoint.revision,
+        weights_digest=request.checkpoint.weights_digest,
+        pooling=config.embedding,
+        top_k=config.top_k,
+        precision="bf16" if precision == "bf16" else "fp32",
+        batch_size=config.batch_size,
+    )
 
 
 def _portable(model: str) -> str:

@@ -110,9 +110,8 @@ def connect_output(url: str) -> Store:
 def normalize(url: str) -> str:
     """`url` in its one spelling: `scheme://path`, absolute, no slash at the end.
 
-    Local paths become `file:///absolute/path`; symbolic links stay, because a link that is moved every night is the same
-    source every night. Raises ConfigError for chained URLs (`::`) and
-    for protocols fsspec does not know.
+    Local paths become `file:///absolute/path`; symbolic links stay, because a link that is moved every night is the
+    same source every night. Raises ConfigError for chained URLs (`::`) and for protocols fsspec does not know.
     """
     if "::" in url:
         raise ConfigError(f"expected one plain URL, found a chained one: {url}")
@@ -268,11 +267,14 @@ class S3Store:
 
         def attempt() -> bytes:
             try:
-                data, is_etag_md5 = self._call(what, _get_object, **arguments)
+                data, etag = self._call(what, _get_object, **arguments)
             except _PreconditionError as error:
                 raise ChangedError(f"{what}: it is no longer the object that was listed") from error
-            if listed is not None:
-                _check_content(data, listed, what, is_etag_md5=is_etag_md5)
+            # No client notices a short, swapped or flipped body unless the server stored a checksum.
+            if listed is not None and len(data) != listed.size_bytes:
+                raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+            if etag is not None:
+                _check_md5(data, listed.etag if listed is not None and listed.etag else etag, what)
             return data  # type: ignore[no-any-return]
 
         return _reread_unstable(attempt, what, deadline_s)
@@ -308,8 +310,8 @@ class S3Store:
         return _until_deadline(attempt, what, DEADLINE_S)
 
 
-async def _get_object(**arguments: Any) -> tuple[bytes, bool]:
-    """The body, and whether the etag of this object can be an MD5 (that of one encrypted with a key is none)."""
+async def _get_object(**arguments: Any) -> tuple[bytes, str | None]:
+    """The body, and its etag if that can be an MD5 (that of an object encrypted with a key is none)."""
     response = await _s3()._call_s3("get_object", **arguments)
     async with response["Body"] as body:
         data: bytes = await body.read()
@@ -317,17 +319,14 @@ async def _get_object(**arguments: Any) -> tuple[bytes, bool]:
     if len(data) != expected_bytes:
         raise OSError(f"body of {len(data)} bytes, {expected_bytes} announced")
     has_own_etag = response.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in response
-    return data, not has_own_etag
+    return data, None if has_own_etag else response.get("ETag", "").strip('"')
 
 
-def _check_content(data: bytes, listed: ObjectInfo, what: str, *, is_etag_md5: bool) -> None:
-    # No client notices a short, swapped or flipped body unless the server stored a checksum.
-    if len(data) != listed.size_bytes:
-        raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
-    if is_etag_md5 and listed.etag is not None and _MD5_ETAG.fullmatch(listed.etag):
+def _check_md5(data: bytes, etag: str, what: str) -> None:
+    if _MD5_ETAG.fullmatch(etag):
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
-        if md5 != listed.etag:
-            raise UnstableError(f"{what}: the bytes have MD5 {md5}, the etag is {listed.etag}")
+        if md5 != etag:
+            raise UnstableError(f"{what}: the bytes have MD5 {md5}, the etag is {etag}")
 
 
 def _reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float) -> bytes:
@@ -579,11 +578,14 @@ class FsspecStore:
 
 
 def list_keys(store: Store, prefix: str) -> Iterator[str]:
-    """Keys below `prefix`; nothing for a prefix, or a local folder, that does not exist yet."""
-    with contextlib.suppress(AbsentError):
+    """Keys below `prefix`; nothing for a local output that does not exist yet. A bucket must exist."""
+    try:
         for page in store.list_pages(prefix):
             for info in page:
                 yield info.key
+    except AbsentError:
+        if not isinstance(store, LocalStore):
+            raise
 
 
 def get_or_none(store: Store, key: str) -> bytes | None:

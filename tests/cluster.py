@@ -1,11 +1,10 @@
 """A real Ray head in its own processes, and the real command against it.
 
-One head serves the whole test session, because starting one takes 10 to 20 s. It is started after the S3 server, so that
-its workers have that server's address in their environment, and ended by its process group, never by name.
+One head serves the whole test session, because starting one takes 10 to 20 s. It is started after the S3 server, so
+that its workers have that server's address in their environment, and ended by its process group, never by name.
 """
 
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -64,14 +63,12 @@ class Head:
 
 @contextmanager
 def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterator[Head]:
-    """Start a head whose workers get `environment`, and end it with everything it started."""
+    """Start a head whose workers get `environment`, token included, and end it with everything it started."""
     gcs_port, dashboard_port, client_port, agent_port = _free_ports(4)
     full = {
         **environment,
         # A job's `python` is the first one on the head's PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
@@ -87,15 +84,12 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
     )
     try:
         url = f"http://127.0.0.1:{dashboard_port}"
-        _wait_until_answering(head, f"{url}/api/jobs/", full["RAY_AUTH_TOKEN"])
+        _wait_until_answering(head, f"{url}/api/jobs/", environment["RAY_AUTH_TOKEN"])
         yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full)
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
-        try:
-            head.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-            head.wait()
+        # Its session holds every process that it started; there is nothing in it to keep.
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
 
 
 def _wait_until_answering(head: "subprocess.Popen[str]", url: str, token: str) -> None:

@@ -1,15 +1,21 @@
 """Fixtures that several test modules share: an S3 server, buckets in it, and the operator's photos."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import servers
 from cluster import Head, running_head
+from servers import Fault, S3Server
 
 from pipeline import storage
-from tests import servers
-from tests.servers import Fault, S3Server
+
+
+def pytest_configure() -> None:
+    """Authenticate everything of Ray in these tests: read by its core when a test module imports it."""
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +35,7 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def head(s3: S3Server) -> Iterator[Head]:
     """A Ray head whose workers reach the S3 server."""
-    with running_head(os.environ) as running:
+    with running_head({**os.environ, **s3.environment()}) as running:
         yield running
 
 

@@ -15,9 +15,7 @@ def keys(output: str) -> dict[str, tuple[str, str]]:
     if not output.startswith("s3://"):
         root = Path(output)
         files = [path for path in root.rglob("*") if path.is_file()]
-        return {
-            str(path.relative_to(root)): (str(path.stat().st_ino), str(path.stat().st_mtime_ns)) for path in files
-        }
+        return {str(path.relative_to(root)): (str(path.stat().st_ino), str(path.stat().st_mtime_ns)) for path in files}
     bucket, _, prefix = output.removeprefix("s3://").partition("/")
     pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
     return {

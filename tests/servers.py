@@ -1,7 +1,8 @@
 """A real S3 server for the tests, and a small proxy in front of it that can spoil answers.
 
-moto runs in its own process; the proxy runs in threads of this one, forwards everything unchanged, and applies the faults
-that a test asked for. Clients of this process always talk through the proxy, so one endpoint is valid for a session.
+moto runs in its own process; the proxy runs in threads of this one, forwards everything unchanged, and applies the
+faults that a test asked for. Clients of this process always talk through the proxy, so one endpoint is valid for a
+session.
 """
 
 import http.client
@@ -38,9 +39,9 @@ _HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encodin
 class Fault:
     """What happens to the first `times` requests of this method whose path, unquoted, ends with `key`.
 
-    A number is answered instead of forwarding. `slow` forwards after 50 ms. `reset` closes the connection before forwarding, `answer_lost` after it.
-    `cut` sends half of the body, `short` all but one byte of it with a matching length, `flip` all of it with one bit
-    changed, `swapped` as many other bytes.
+    A number is answered instead of forwarding. `slow` forwards after 50 ms. `reset` closes the connection before
+    forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it with a matching
+    length, `flip` all of it with one bit changed, `swapped` as many other bytes.
     """
 
     kind: int | Literal["slow", "reset", "answer_lost", "cut", "short", "flip", "swapped"]

@@ -17,11 +17,11 @@ import checkpoints
 import fsspec
 import pytest
 from hub_server import Repository, serve_hub
+from servers import S3Server
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Checkpoint, Pooling
 from pipeline.errors import ConfigError, LabelBucketError
-from tests.servers import S3Server
 
 _RESOLVE = """
 import json, sys

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import Fault, S3Server
 
 from pipeline import fetch, storage
 from pipeline.errors import FailureKind, ImageError, UnavailableError
 from pipeline.storage import ObjectInfo
-from tests.servers import Fault, S3Server
 
 AT_ONCE_S = 0.001
 """A deadline after the first attempt, which is two requests: the client below the store repeats once."""
@@ -85,7 +85,9 @@ fates = st.lists(st.sampled_from(["good", "missing", "changed", "empty", "too_la
 def test_outcomes_are_in_the_order_of_the_objects_whatever_fails(fate_of: list[str]) -> None:
     with TemporaryDirectory() as folder:
         for number, fate in enumerate(fate_of):
-            (Path(folder) / f"{number:03d}").write_bytes({"empty": b"", "too_large": bytes(50)}.get(fate, b"%d" % number))
+            (Path(folder) / f"{number:03d}").write_bytes(
+                {"empty": b"", "too_large": bytes(50)}.get(fate, b"%d" % number)
+            )
         infos = [info for page in storage.connect(folder).list_pages() for info in page]
         for info, fate in zip(infos, fate_of, strict=True):
             if fate == "missing":
@@ -148,7 +150,7 @@ def test_storage_that_answers_for_no_object_is_an_outage(s3: S3Server, bucket: s
     infos = put(s3, bucket, {"a": b"a", "b": b"b"})
     empty = infos[0]._replace(key="0", size_bytes=0)  # needs no answer, so it is none
     faults.append(Fault.always(503, "GET", ""))
-    with pytest.raises(UnavailableError, match="none of the 2 objects of a unit could be read; .*503"):
+    with pytest.raises(UnavailableError, match=r"none of the 2 objects of a unit could be read; .*503"):
         outcomes(bucket, [empty, *infos], deadline_s=AT_ONCE_S)
 
 

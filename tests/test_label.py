@@ -22,7 +22,6 @@ INPUT_PX = 32
 DIM = 24
 SPEC = checkpoints.squash_spec(INPUT_PX)
 SHAPE = (INPUT_PX, INPUT_PX, 3)
-_WITH_UNIT = pa.schema([pa.field("unit_id", pa.string(), nullable=False), *schema.DECODED])
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,9 @@ def _image(number: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(number).integers(0, 256, SHAPE, dtype=np.uint8)
 
 
-def _unit(numbers: range, *, failed: set[int] = frozenset(), unit_id: str = "unit") -> pa.Table:  # type: ignore[assignment]
+def _unit(numbers: range, *, failed: set[int] = frozenset()) -> pa.Table:  # type: ignore[assignment]
     rows = [
         {
-            "unit_id": unit_id,
             "key": f"{number:04d}.jpg",
             "uri": f"s3://bucket/{number:04d}.jpg",
             "etag": f"etag-{number}",
@@ -72,11 +70,7 @@ def _unit(numbers: range, *, failed: set[int] = frozenset(), unit_id: str = "uni
         }
         for number in numbers
     ]
-    return pa.Table.from_pylist(rows, schema=_WITH_UNIT)
-
-
-def _without_unit(table: pa.Table) -> pa.Table:
-    return table.drop_columns(["unit_id"])
+    return pa.Table.from_pylist(rows, schema=schema.DECODED)
 
 
 def _bytes(table: pa.Table) -> bytes:
@@ -113,17 +107,9 @@ def test_label_names_stand_beside_their_ids(found: Checkpoint, labeler: Labeler)
 
 
 def test_the_output_has_the_schema_of_a_labeled_unit(labeler: Labeler) -> None:
-    table = labeler(_without_unit(_unit(range(3), failed={1})))
+    table = labeler(_unit(range(3), failed={1}))
     assert table.schema.equals(schema.labeled(DIM))
     table.validate(full=True)
-
-
-def test_leading_columns_and_metadata_pass_through(labeler: Labeler) -> None:
-    unit = _unit(range(2)).add_column(1, "decode_s", pa.array([0.5, 0.25])).replace_schema_metadata({"run": "7"})
-    table = labeler(unit)
-    assert table.column_names[:3] == ["unit_id", "decode_s", "key"]
-    assert table["decode_s"].to_pylist() == [0.5, 0.25]
-    assert table.schema.metadata == {b"run": b"7"}
 
 
 def test_failed_rows_stay_in_place_with_no_labels_and_a_zero_vector(labeler: Labeler) -> None:
@@ -153,11 +139,11 @@ def test_failures_do_not_move_labels_to_other_rows(labeler: Labeler) -> None:
 def test_units_of_only_failures_and_empty_tables_are_answered(labeler: Labeler, failed: set[int]) -> None:
     table = labeler(_unit(range(len(failed)), failed=failed))
     assert len(table) == len(failed)
-    assert _without_unit(table).schema.equals(schema.labeled(DIM))
+    assert table.schema.equals(schema.labeled(DIM))
 
 
 def test_without_embeddings_there_is_no_such_column(found: Checkpoint) -> None:
-    table = _labeler(found, pooling="none")(_without_unit(_unit(range(5), failed={2})))
+    table = _labeler(found, pooling="none")(_unit(range(5), failed={2}))
     assert table.schema.equals(schema.labeled(None))
     assert [len(ids) for ids in table["label_ids"].to_pylist()] == [3, 3, 0, 3, 3]
 
@@ -235,28 +221,14 @@ def test_one_image_that_breaks_the_model_does_not_touch_its_neighbours(tmp_path:
 # --- grouping -----------------------------------------------------------------------------------------------------
 
 
-def test_a_unit_is_the_same_bytes_alone_and_among_others(labeler: Labeler) -> None:
-    units = [
-        _unit(range(0, 9), unit_id="a"),
-        _unit(range(9, 10), unit_id="b"),
-        _unit(range(10, 23), unit_id="c", failed={10, 15, 22}),
-        _unit(range(23, 31), unit_id="d"),
-    ]
-    together = labeler(pa.concat_tables(units))
-    reversed_order = labeler(pa.concat_tables(units[::-1]))
-    for unit in units:
-        unit_id = unit["unit_id"][0]
-        alone = _bytes(labeler(unit))
-        assert _bytes(together.filter(pa.compute.equal(together["unit_id"], unit_id))) == alone
-        assert _bytes(reversed_order.filter(pa.compute.equal(reversed_order["unit_id"], unit_id))) == alone
+def test_a_unit_is_the_same_bytes_whatever_the_actor_labeled_before(labeler: Labeler) -> None:
+    units = [_unit(range(0, 9)), _unit(range(9, 10)), _unit(range(10, 23), failed={10, 15, 22}), _unit(range(23, 31))]
+    first = [_bytes(labeler(unit)) for unit in units]
+    backwards = [_bytes(labeler(unit)) for unit in reversed(units)]
+    assert backwards[::-1] == first
 
 
-def test_micro_batches_hold_rows_of_one_unit_and_always_have_the_same_size(labeler: Labeler) -> None:
-    units = [
-        _unit(range(0, 9), unit_id="a"),
-        _unit(range(9, 10), unit_id="b"),
-        _unit(range(10, 16), unit_id="c", failed={10, 12}),
-    ]
+def test_micro_batches_always_have_the_same_size_and_hold_the_rows_in_order(labeler: Labeler) -> None:
     batches: list[npt.NDArray[np.uint8]] = []
 
     def record(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -265,10 +237,10 @@ def test_micro_batches_hold_rows_of_one_unit_and_always_have_the_same_size(label
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(record)
     try:
-        labeler(pa.concat_tables(units))
+        labeler(_unit(range(0, 9), failed={0, 2}))
     finally:
         hook.remove()
-    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8], [9], [11, 13, 14, 15]]
+    expected = [[1, 3, 4, 5], [6, 7, 8]]
     assert [len(batch) for batch in batches] == [4] * len(expected)
     for batch, numbers in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(batch[: len(numbers)], [_image(number) for number in numbers])

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import S3Server
 
 from pipeline import storage
 from pipeline.listing import Scope
 from pipeline.storage import Store
-from tests.servers import S3Server
 
 KEYS = ["a.jpg", "b.png", "a/c.jpg", "a/b/d.jpg", "a/b/e.PNG", "ab/f.jpg", "line\nbreak/g\n.jpg", "[x]{y}.jpg"]
 

@@ -15,7 +15,14 @@ from pipeline.errors import ConflictError
 from pipeline.log import Claim, Entry, FileRef
 from pipeline.storage import Store
 
-IDENTITY = {"input": "s3://photos", "include": ["*.jpg"], "exclude": [], "limit": None, "space_id": "deit-0", "top_k": 5}
+IDENTITY = {
+    "input": "s3://photos",
+    "include": ["*.jpg"],
+    "exclude": [],
+    "limit": None,
+    "space_id": "deit-0",
+    "top_k": 5,
+}
 
 
 @pytest.fixture(params=["s3", "local"])
@@ -28,7 +35,9 @@ def folder(tmp_path: Path) -> Store:
     return storage.connect(str(tmp_path))
 
 
-def claim(output: Store, *, run_date: str = "2026-11-22", revision: str = "r1", now: str = "t1", **changes: Any) -> Claim:
+def claim(
+    output: Store, *, run_date: str = "2026-11-22", revision: str = "r1", now: str = "t1", **changes: Any
+) -> Claim:
     return log.claim(
         output,
         log.read(output),
@@ -150,7 +159,9 @@ def test_the_newest_run_of_each_space_is_found_by_its_place_and_not_its_date(fol
     assert (newest_a.run_seq, newest_b.run_seq) == (3, 2)
 
 
-def test_the_revision_is_remembered_from_the_open_run_or_the_newest_but_not_from_an_abandoned_one(folder: Store) -> None:
+def test_the_revision_is_remembered_from_the_open_run_or_the_newest_but_not_from_an_abandoned_one(
+    folder: Store,
+) -> None:
     assert log.read(folder).remembered_revision("deit") is None
     log.commit(folder, entry_of(claim(folder, revision="r1")))
     assert log.read(folder).remembered_revision("deit") == "r1"

@@ -58,7 +58,7 @@ def row(key: str, etag: str | None = "e1", size_bytes: int = 10, failure_kind: s
 @quickly
 def test_the_join_gives_every_key_of_either_side_once_and_in_order(listed: list[str], known: list[str]) -> None:
     joined = list(plan.merge_join(map(info, listed), map(row, known)))
-    found = [left.key if left is not None else right["key"] for left, right in joined if left or right]
+    found = [left.key if left is not None else (right or {})["key"] for left, right in joined]
     assert found == sorted({*listed, *known}, key=str.encode)
     assert [left.key for left, _ in joined if left is not None] == listed
     assert [right["key"] for _, right in joined if right is not None] == known
@@ -75,7 +75,8 @@ def test_a_listing_out_of_order_or_with_a_page_repeated_is_refused(
     swapped = list(listed)
     swapped[first], swapped[second] = swapped[second], swapped[first]
     repeated = listed[: second + 1] + listed[first:]
-    for wrong in (swapped, repeated):
+    doubled = listed[: first + 1] + listed[first:]
+    for wrong in (swapped, repeated, doubled):
         with pytest.raises(SourceError, match="not in order"):
             list(plan.merge_join(map(info, wrong), map(row, known)))
 
@@ -201,11 +202,13 @@ def test_every_object_is_planned_unchanged_deleted_or_filtered(
         left_out = {key for key, fate in fate_of.items() if fate.startswith("left out")}
         scope = Scope(exclude=tuple(sorted(left_out)))
         excluded = {key for key in listed if any(key == name or key.endswith(f"/{name}") for name in left_out)}
-        options = {"scope": scope, "records_deletions": records_deletions}
+        options: dict[str, Any] = {"scope": scope, "records_deletions": records_deletions}
         planned = place.plan(max_unit_rows=max_unit_rows, **options)
 
         def keys_of(*names: str) -> list[str]:
-            return sorted((key for key, fate in fate_of.items() if fate in names and key not in excluded), key=str.encode)
+            return sorted(
+                (key for key, fate in fate_of.items() if fate in names and key not in excluded), key=str.encode
+            )
 
         to_do = keys_of("new", "may pass", "other etag", "other size")
         known_keys = {each["key"] for each in known}
@@ -273,7 +276,9 @@ def test_a_unit_id_changes_with_everything_that_makes_its_objects_and_with_nothi
         table = plan.objects_table(root, infos)
         for name, values in columns.items():
             place = table.schema.get_field_index(name)
-            table = table.set_column(place, schema.OBJECTS.field(name), pa.array(values, schema.OBJECTS.field(name).type))
+            table = table.set_column(
+                place, schema.OBJECTS.field(name), pa.array(values, schema.OBJECTS.field(name).type)
+            )
         return plan.unit_id(table)
 
     first, second = info("a"), info("b")

@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import images
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+from checkpoints import squash_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from servers import Fault, S3Server
+from test_fetch import AT_ONCE_S, put
 
 from pipeline import plan, prepare, schema, storage
 from pipeline.checkpoint import PreprocessSpec
@@ -19,10 +23,6 @@ from pipeline.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from pipeline.errors import UnavailableError
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo
-from tests import images
-from tests.checkpoints import squash_spec
-from tests.servers import Fault, S3Server
-from tests.test_fetch import AT_ONCE_S, put
 
 SPEC = replace(squash_spec(24), resize="squash", resize_hw_px=(28, 28), crop_px=24)
 
@@ -81,7 +81,9 @@ def test_photographs_give_their_own_pixels(tmp_path: Path) -> None:
 def test_the_operators_photographs_give_their_own_pixels(photos_dir: Path) -> None:
     infos = [info for page in storage.connect(str(photos_dir)).list_pages() for info in page][:64]
     spec = replace(SPEC, input_px=224, crop_px=224, resize_hw_px=(256, 256))
-    check_rows(prepared(str(photos_dir), infos, spec), {info.key: (photos_dir / info.key).read_bytes() for info in infos}, spec)
+    check_rows(
+        prepared(str(photos_dir), infos, spec), {info.key: (photos_dir / info.key).read_bytes() for info in infos}, spec
+    )
 
 
 BROKEN = {

@@ -44,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(checkpoints.write_small(tmp_path_factory.mktemp("model")))
 
 
-def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(head: Head, source: str, model: str) -> None:
+def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
+    head: Head, source: str, model: str
+) -> None:
     undisturbed, disturbed = "s3://resume/undisturbed", "s3://resume/disturbed"
     options = ("--input", source, "--model", model, "--gpu-actors=1")
     assert head.label_bucket(*options, "--output", undisturbed).returncode == 0

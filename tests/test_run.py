@@ -73,7 +73,7 @@ def test_no_label_or_vector_ever_belongs_to_a_neighbour(labeled: str, pictures: 
     from PIL import Image
 
     folder = ROOT / "pipeline" / "demo"
-    network = DeiTForImageClassificationWithTeacher.from_pretrained(folder).eval()
+    network = DeiTForImageClassificationWithTeacher.from_pretrained(folder).train(False)
     processor = DeiTImageProcessorPil.from_pretrained(folder)
     rows = published.table(labeled, "labels").to_pylist()[::15]
     assert len(rows) > 150

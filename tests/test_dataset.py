@@ -1,0 +1,146 @@
+"""The shape of the pipeline on the engine: one unit is one part, and no stages fuse."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoints
+import pyarrow as pa
+import pytest
+import ray
+from cluster import Head
+
+from pipeline import checkpoint, dataset, decode, parts, plan, schema, storage
+from pipeline.draw import draw_file
+from pipeline.errors import ConfigError
+from pipeline.listing import Scope
+from pipeline.preprocess import spec_from_config
+
+
+@pytest.fixture(scope="module")
+def driver(head: Head) -> Iterator[Head]:
+    """This process as a driver of the head."""
+    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield head
+    ray.shutdown()
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> tuple[dataset.Task, plan.Plan]:
+    """A plan of 5 units over 320 pictures, and what its workers have to know."""
+    for index in range(40):
+        file = draw_file(5, index, broken_fraction=0.1)
+        for copy in range(8):
+            path = tmp_path / "in" / str(copy) / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.data)
+    found = checkpoint.resolve(str(checkpoints.write_small(tmp_path / "model")))
+    spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
+    source, output = storage.connect(str(tmp_path / "in")), storage.connect(str(tmp_path / "out"))
+    planned_range = plan.plan_range(
+        source.root,
+        output.root,
+        "run",
+        Scope(),
+        [],
+        max_unit_rows=plan.max_unit_rows(spec.input_px),
+        limit=None,
+        records_deletions=True,
+    )
+    task = dataset.Task(
+        input_url=source.root,
+        output_url=output.root,
+        run_id="run",
+        spec=spec,
+        limits=decode.DEFAULT_LIMITS,
+        object_deadline_s=5,
+        model=found.folder,
+        model_revision=found.revision,
+        weights_digest=found.weights_digest,
+        pooling="pooled",
+        top_k=3,
+        precision="fp32",
+        batch_size=None,
+    )
+    return task, plan.seal(output, "run", [planned_range])
+
+
+def _work(sealed: plan.Plan) -> list[dataset.Work]:
+    return [dataset.Work(unit_id, chunk.key) for chunk in sealed.chunks for unit_id in chunk.unit_ids]
+
+
+@pytest.mark.parametrize("num_gpus", [0, 2])
+@pytest.mark.parametrize("num_cpus", [1, 2, 64])
+def test_no_two_stages_are_fused_on_any_cluster(
+    driver: Head,
+    planned: tuple[dataset.Task, plan.Plan],
+    capsys: pytest.CaptureFixture[str],
+    num_cpus: int,
+    num_gpus: int,
+) -> None:
+    task, sealed = planned
+    resources = dataset.Resources(
+        device="cuda" if num_gpus else "cpu", num_actors=1, cluster_cpus=num_cpus, cluster_gpus=num_gpus
+    )
+    dataset.build(task, resources, _work(sealed)).explain()  # type: ignore[no-untyped-call]
+    physical = capsys.readouterr().out.split("Physical Plan (Optimized)")[1]
+    operators = [line.strip(" |+-") for line in physical.splitlines() if "Operator[" in line]
+    assert operators == [
+        "TaskPoolMapOperator[MapBatches(_commit)]",
+        "ActorPoolMapOperator[MapBatches(_Label)]",
+        "TaskPoolMapOperator[MapBatches(_prepare)]",
+    ]
+    slots = resources.prepare_cpus + resources.actor_cpus * resources.num_actors + dataset.COMMIT_CPUS
+    assert slots <= num_cpus, "one task of every stage must find room at once"
+
+
+def test_one_unit_is_one_block_one_task_in_each_stage_and_one_part(
+    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+) -> None:
+    task, sealed = planned
+    resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
+    built = dataset.build(task, resources, _work(sealed)).materialize()
+    rows = built.take_all()
+    stats = built.stats()
+    assert sealed.num_units == len(rows) == 5
+    for name in ("_prepare", "_Label", "_commit"):
+        assert f"MapBatches({name}): 5 tasks executed, 5 blocks produced" in stats, stats
+    output = storage.connect(task.output_url)
+    assert parts.finished_units(output, "run") == {work.unit_id for work in _work(sealed)}
+    assert sum(row["num_rows"] for row in rows) == 320
+
+
+def test_a_gpu_that_the_cluster_does_not_have_is_refused(driver: Head) -> None:
+    with pytest.raises(ConfigError, match=r"--device cuda: expected GPUs, found a cluster with 2 CPUs and none"):
+        dataset.resolve_resources("cuda", None)
+    with pytest.raises(ConfigError, match=r"--gpu-actors: expected at most 2, the CPUs of this cluster; found 9"):
+        dataset.resolve_resources("auto", 9)
+    assert dataset.resolve_resources("auto", None).device == "cpu"
+
+
+def test_the_actor_refuses_a_device_that_its_node_does_not_have(
+    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    task, _ = planned
+    with pytest.raises(ConfigError, match="expected a CUDA device in this actor"):
+        dataset._Label(task, "cuda")
+
+
+def test_a_packed_unit_is_the_same_rows_and_shares_their_pixels() -> None:
+    pixels = [b"\x01" * 48, None, b"\x02" * 48]
+    rows = [{"key": str(row), "uri": str(row), "size_bytes": row, "pixels": each} for row, each in enumerate(pixels)]
+    table = pa.Table.from_pylist(rows, schema.DECODED)
+    packed = dataset.pack_unit(table, {"unit_id": "u", "decode_s": 0.5})
+    assert packed.num_rows == 1
+    unpacked, facts = dataset.unpack_unit(packed)
+    assert facts == {"unit_id": "u", "decode_s": 0.5}
+    assert unpacked.schema.equals(schema.DECODED)
+    assert unpacked.equals(table)
+    assert unpacked["pixels"].chunk(0).buffers()[2].address == table["pixels"].chunk(0).buffers()[2].address
+    empty, _ = dataset.unpack_unit(dataset.pack_unit(schema.DECODED.empty_table(), {"unit_id": "e"}))
+    assert empty.equals(schema.DECODED.empty_table())
+    with pytest.raises(ValueError, match="expected one unit as one row, found 2 rows"):
+        dataset.unpack_unit(pa.concat_tables([packed, packed]))

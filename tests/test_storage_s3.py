@@ -1,0 +1,226 @@
+"""What only S3 can get wrong: opaque keys, faults on the wire, lost answers, outages."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from servers import Fault, S3Server
+from test_storage import keys, listed
+
+from pipeline import storage
+from pipeline.errors import AbsentError, ForbiddenError, SourceError, UnavailableError, UnstableError
+
+
+def _put(s3: S3Server, bucket: str, key: str, data: bytes, **options: Any) -> None:
+    s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=data, **options)
+
+
+def _put_quickly(s3: S3Server, bucket: str, key: str) -> None:
+    # moto checks no signature, and signing takes longer than the request.
+    url = f"{s3.direct_url}/{bucket[5:]}/{key}"
+    urllib.request.urlopen(urllib.request.Request(url, b"x", method="PUT")).close()
+
+
+def test_a_bucket_of_more_than_one_full_page_is_listed_to_its_end(s3: S3Server, bucket: str) -> None:
+    names = [f"{number:04d}" for number in range(1003)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda name: _put_quickly(s3, bucket, name), names))
+    pages = list(storage.connect(bucket).list_pages())
+    assert [len(page) for page in pages] == [1000, 3]
+    assert [info.key for page in pages for info in page] == names
+    assert keys(storage.connect(bucket), start_after="0001") == names[2:]
+
+
+def test_keys_with_empty_parts_are_opaque(s3: S3Server, bucket: str) -> None:
+    names = ["/leading", "a//b", "a/./b", "a/../b", "a/b/", "a/b"]
+    for name in names:
+        _put(s3, bucket, f"root/{name}", name.encode())
+    store = storage.connect(f"{bucket}/root")
+    assert keys(store) == sorted(names)
+    for name in names:
+        assert store.get(name) == name.encode()
+
+
+def test_a_root_is_a_folder_and_not_a_prefix_of_names(s3: S3Server, bucket: str) -> None:
+    _put(s3, bucket, "photos/in", b"x")
+    _put(s3, bucket, "photos-of-others/out", b"x")
+    assert keys(storage.connect(f"{bucket}/photos")) == ["in"]
+
+
+def test_a_wrong_bucket_is_absent(s3: S3Server) -> None:
+    store = storage.connect("s3://no-such-bucket")
+    with pytest.raises(AbsentError, match="no such bucket"):
+        listed(store)
+    with pytest.raises(AbsentError, match="no such bucket"):
+        store.get("key")
+    with pytest.raises(AbsentError, match="no such bucket"):
+        store.put_if_absent("key", b"x")
+
+
+def test_without_faults_a_read_is_one_request_and_so_is_a_write(s3: S3Server, bucket: str) -> None:
+    store = storage.connect(bucket)
+    store.put_if_absent("one", b"data")
+    (info,) = listed(store)
+    store.get("one", listed=info)
+    assert s3.num_requests("PUT", f"{bucket[5:]}/one") == 1
+    assert s3.num_requests("GET", f"{bucket[5:]}/one") == 1
+    assert s3.num_requests("HEAD", f"{bucket[5:]}/one") == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_access_denied_is_forbidden_and_asked_once(s3: S3Server, bucket: str, faults: list[Fault], method: str) -> None:
+    store = storage.connect(bucket)
+    faults.append(Fault.always(403, method, "/locked"))
+    with pytest.raises(ForbiddenError, match="access denied"):
+        store.get("locked") if method == "GET" else store.put_if_absent("locked", b"x")
+    assert s3.num_requests(method, f"{bucket[5:]}/locked") == 1
+
+
+def test_a_listing_that_is_denied_is_forbidden(bucket: str, faults: list[Fault]) -> None:
+    faults.append(Fault.always(403, "GET", bucket[5:]))
+    with pytest.raises(ForbiddenError, match=f"list {bucket}"):
+        listed(storage.connect(bucket))
+
+
+def test_a_request_the_store_refuses_is_not_repeated(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    faults.append(Fault.always(400, "GET", "/odd"))
+    with pytest.raises(SourceError, match="refused") as caught:
+        storage.connect(bucket).get("odd")
+    assert type(caught.value) is SourceError
+    assert s3.num_requests("GET", f"{bucket[5:]}/odd") == 1
+
+
+@pytest.mark.parametrize("kind", [503, 500, "reset", "cut", "short", "flip", "swapped"])
+def test_a_read_that_fails_once_is_repeated(s3: S3Server, bucket: str, faults: list[Fault], kind: Any) -> None:
+    _put(s3, bucket, "key", b"the right bytes")
+    (info,) = listed(storage.connect(bucket))
+    faults.append(Fault(kind, "GET", "/key"))
+    assert storage.connect(bucket).get("key", listed=info) == b"the right bytes"
+    assert s3.num_requests("GET", f"{bucket[5:]}/key") == 2
+
+
+@pytest.mark.parametrize("kind", ["cut", "short", "flip", "swapped"])
+def test_our_own_files_are_checked_without_a_listing_too(bucket: str, faults: list[Fault], kind: Any) -> None:
+    storage.connect(bucket).put_if_absent("part", b"the right bytes")
+    faults.append(Fault(kind, "GET", "/part"))
+    assert storage.connect(bucket).get("part") == b"the right bytes"
+
+
+@pytest.mark.parametrize("kind", ["short", "flip", "swapped"])
+def test_bytes_that_never_match_their_listing_are_unstable(
+    s3: S3Server, bucket: str, faults: list[Fault], kind: Any
+) -> None:
+    _put(s3, bucket, "key", b"the right bytes")
+    (info,) = listed(storage.connect(bucket))
+    faults.append(Fault.always(kind, "GET", "/key"))
+    with pytest.raises(UnstableError, match="key"):
+        storage.connect(bucket).get("key", listed=info)
+    assert s3.num_requests("GET", f"{bucket[5:]}/key") == 3
+
+
+def test_the_etag_of_a_multipart_upload_is_not_taken_for_an_md5(s3: S3Server, bucket: str) -> None:
+    name, data = bucket[5:], b"x" * (5 * 2**20 + 1)
+    upload = s3.client.create_multipart_upload(Bucket=name, Key="key")["UploadId"]
+    etags = [
+        s3.client.upload_part(Bucket=name, Key="key", UploadId=upload, PartNumber=number, Body=body)["ETag"]
+        for number, body in ((1, data[: 5 * 2**20]), (2, data[5 * 2**20 :]))
+    ]
+    parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+    s3.client.complete_multipart_upload(Bucket=name, Key="key", UploadId=upload, MultipartUpload={"Parts": parts})
+    (info,) = listed(storage.connect(bucket))
+    assert info.etag is not None
+    assert info.etag.endswith("-2")
+    assert storage.connect(bucket).get("key", listed=info) == data
+
+
+def test_the_etag_of_an_object_encrypted_with_a_key_is_not_taken_for_an_md5(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    _put(s3, bucket, "key", b"bytes", ServerSideEncryption="aws:kms")
+    # A real KMS etag looks like an MD5 and is none; moto's is one, so other bytes stand for the difference.
+    faults.append(Fault("flip", "GET", "/key"))
+    assert storage.connect(bucket).get("key") == b"cytes"
+
+
+def test_the_storage_class_of_an_archived_object_is_listed(s3: S3Server, bucket: str) -> None:
+    for storage_class in ("STANDARD", "GLACIER", "DEEP_ARCHIVE", "GLACIER_IR"):
+        _put(s3, bucket, storage_class, b"x", StorageClass=storage_class)
+    archived = {info.key: info.is_archived for info in listed(storage.connect(bucket))}
+    assert archived == {"DEEP_ARCHIVE": True, "GLACIER": True, "GLACIER_IR": False, "STANDARD": False}
+
+
+@pytest.mark.parametrize("kind", [503, 500, 409, "reset", "answer_lost"])
+def test_a_commit_whose_request_or_answer_is_lost_is_settled_by_reading_back(
+    bucket: str, faults: list[Fault], kind: Any
+) -> None:
+    faults.append(Fault(kind, "PUT", "/commit"))
+    assert storage.connect(bucket).put_if_absent("commit", b"mine") == b"mine"
+    assert storage.connect(bucket).get("commit") == b"mine"
+
+
+def test_a_lost_answer_to_a_commit_that_lost_the_race_gives_the_winner(bucket: str, faults: list[Fault]) -> None:
+    storage.connect(bucket).put_if_absent("commit", b"theirs")
+    faults.append(Fault("answer_lost", "PUT", "/commit"))
+    assert storage.connect(bucket).put_if_absent("commit", b"mine") == b"theirs"
+
+
+def test_an_object_that_vanishes_between_refusal_and_read_back_is_written_again(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    faults += [Fault(409, "PUT", "/commit"), Fault(404, "GET", "/commit")]
+    assert storage.connect(bucket).put_if_absent("commit", b"mine") == b"mine"
+    assert s3.num_requests("PUT", f"{bucket[5:]}/commit") == 2
+
+
+@pytest.mark.parametrize("kind", [503, "reset"])
+def test_an_outage_ends_at_the_deadline(bucket: str, faults: list[Fault], kind: Any) -> None:
+    faults.append(Fault.always(kind, "GET", "/key"))
+    started_s = time.monotonic()
+    with pytest.raises(UnavailableError, match=r"no usable answer within 0\.5 s"):
+        storage.connect(bucket).get("key", deadline_s=0.5)
+    assert time.monotonic() - started_s < 5
+
+
+def test_an_outage_ends_a_commit_and_a_listing_too(
+    bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "DEADLINE_S", 0.5)
+    faults += [Fault.always(503, "PUT", "/key"), Fault.always(503, "GET", bucket[5:])]
+    with pytest.raises(UnavailableError, match="create"):
+        storage.connect(bucket).put_if_absent("key", b"x")
+    with pytest.raises(UnavailableError, match="list"):
+        listed(storage.connect(bucket))
+
+
+def test_more_than_one_put_can_carry_is_refused_before_any_request(bucket: str) -> None:
+    with pytest.raises(ValueError, match="one conditional PUT"):
+        storage.connect(bucket).put_if_absent("key", bytes(storage.MAX_PUT_BYTES + 1))
+    assert listed(storage.connect(bucket)) == []
+
+
+_FIRST_USE = """
+import threading
+from pipeline import storage
+built = []
+def use():
+    barrier.wait()
+    built.append(id(storage._s3()))
+barrier = threading.Barrier(16)
+threads = [threading.Thread(target=use) for _ in range(16)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(set(built)))
+"""
+
+
+def test_threads_that_begin_together_share_one_client(s3: S3Server) -> None:
+    environment = {**os.environ, **s3.environment()}
+    ran = subprocess.run(
+        [sys.executable, "-c", _FIRST_USE], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ran.stdout == "1\n"
