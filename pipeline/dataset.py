@@ -4,8 +4,8 @@
 
 One unit is one row, one block, one task in each stage, one part. Three things keep it so. A unit travels as a single
 row with its table nested in it, so no batching of the engine can split or join units. `target_max_block_size = None`,
-or big blocks would be split. And every stage has another `num_cpus`, or the engine would fuse neighbours with equal ones
-(there is no public switch, ray-project/ray#54433). A module of its own so that the wiring is one readable expression.
+or big blocks would be split. And every stage has another `num_cpus`, or the engine would fuse neighbours with equal
+ones (there is no public switch, ray-project/ray#54433). A module of its own so that the wiring is one expression.
 """
 
 import json

@@ -38,13 +38,12 @@ def fetch(
 ) -> Iterator[bytes | ImageError]:
     """The bytes of each object in order, or its failure; at most CONCURRENCY requests and 256 MiB ahead of the reader.
 
-    Raises UnavailableError at the end if storage answered for none of the objects it was asked for: an outage is not a
-    property of the objects.
+    Raises UnavailableError in an outage, which is not a property of the objects: storage answered for none of the first
+    CONCURRENCY that it was asked for, or for none of fewer and does not list either.
     """
     window: deque[tuple[int, Future[bytes | ImageError]]] = deque()
     ahead_bytes = 0
     num_unavailable, has_answered = 0, False
-    reason = ""
     with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="fetch") as pool:
         upcoming = iter(objects)
         pending = next(upcoming, None)
@@ -64,10 +63,12 @@ def fetch(
                 has_answered = True
             elif outcome.kind is FailureKind.UNAVAILABLE:
                 num_unavailable += 1
-                reason = str(outcome)
+                if num_unavailable == CONCURRENCY and not has_answered:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise UnavailableError(f"{store.root}: none of {num_unavailable} objects could be read; {outcome}")
             yield outcome
     if num_unavailable and not has_answered:
-        raise UnavailableError(f"{store.root}: none of the {num_unavailable} objects of a unit could be read; {reason}")
+        next(store.list_pages(), None)
 
 
 def _fetch_one(store: Store, info: ObjectInfo, max_image_bytes: int, deadline_s: float) -> bytes | ImageError:

@@ -58,7 +58,7 @@ class Range:
     deletions: list[str]
     """Keys of the Parquet files with the catalog rows of objects that are gone."""
     counts: dict[str, int]
-    """listed, filtered, unchanged, planned, deleted: objects."""
+    """listed, filtered, unchanged, planned, known (listed and in the last catalog), deleted: objects."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def count(
 
 
 def _no_counts() -> dict[str, int]:
-    return dict.fromkeys(("listed", "filtered", "unchanged", "planned", "deleted"), 0)
+    return dict.fromkeys(("listed", "filtered", "unchanged", "planned", "known", "deleted"), 0)
 
 
 def _changes(
@@ -172,6 +172,7 @@ def _changes(
     """Objects to label and catalog rows of objects that are gone, in key order; `counts` is kept up to date."""
     listing = _listing(input_url, scope, counts)
     for info, row in up_to_limit(merge_join(listing, read_catalog(output, catalog)), limit):
+        counts["known"] += info is not None and row is not None
         if info is None:
             # Out of tonight's scope is not gone: only a full listing of the same scope shows that.
             if records_deletions and row is not None:

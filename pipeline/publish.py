@@ -98,14 +98,22 @@ def check_budget(failures: Mapping[str, int], counts: Mapping[str, int], max_fai
         )
 
 
-def check_accounts(counts: Mapping[str, int], labeled: int, failed: int, claim: Claim) -> None:
-    """Raise ConflictError unless every listed object has exactly one outcome."""
+def check_accounts(counts: Mapping[str, int], labeled: int, failed: int, claim: Claim, *, num_in_catalog: int) -> None:
+    """Raise ConflictError unless every listed object has exactly one outcome, and every object of the last catalog is
+    either still listed or deleted. (The latter only if any is deleted: a partial run cannot say.)
+    """
     accounted = labeled + failed + counts["unchanged"] + counts["filtered"]
     if accounted != counts["listed"] or labeled + failed != counts["planned"]:
         raise ConflictError(
             f"run {claim.run_id}: the sums do not add up, nothing was published: listed {counts['listed']}, but labeled"
             f" {labeled} + failed {failed} + unchanged {counts['unchanged']} + filtered {counts['filtered']} ="
             f" {accounted}; keep the output's _runs/{claim.run_id} and report this"
+        )
+    if counts["deleted"] and counts["known"] + counts["deleted"] != num_in_catalog:
+        raise ConflictError(
+            f"run {claim.run_id}: the sums do not add up, nothing was published: the last catalog has"
+            f" {num_in_catalog} objects, of which {counts['known']} are listed and {counts['deleted']} deleted; report"
+            " this"
         )
 
 
@@ -120,7 +128,9 @@ def publish(output: Store, claim: Claim, sealed_plan: Plan, base: Entry | None, 
     `base` is the newest published run of the same space. Raises ConflictError if a file that exists is another one.
     """
     labeled, failures = outcomes.num_labeled, outcomes.failures
-    check_accounts(sealed_plan.counts, labeled, failures.total(), claim)
+    old_catalog = base.catalog if base else []
+    num_in_catalog = sum(file.num_rows for file in old_catalog)
+    check_accounts(sealed_plan.counts, labeled, failures.total(), claim, num_in_catalog=num_in_catalog)
     layout = _seal_layout(output, claim, outcomes)
     crash_point("publish-sealed")
     dim = claim.identity["embedding_dim"]
@@ -136,7 +146,6 @@ def publish(output: Store, claim: Claim, sealed_plan: Plan, base: Entry | None, 
         ]
     )
     crash_point("deletions-published")
-    old_catalog = base.catalog if base else []
     if sealed_plan.counts["planned"] or sealed_plan.counts["deleted"]:
         catalog: list[FileRef] = ray.get(
             _publish_catalog.options(**_TASK).remote(output.root, claim, sealed_plan, old_catalog)
@@ -272,7 +281,9 @@ def _publish_catalog(output_url: str, claim: Claim, sealed_plan: Plan, base: Seq
     def write() -> None:
         key = f"_catalog/space={claim.identity['space_id']}/{claim.run_id}-{len(files):05d}.parquet"
         table = pa.Table.from_pylist(rows, schema.CATALOG)
-        files.append(_put_file(output, key, table, claim, schema.digest([row["key"] for row in rows])))
+        files.append(
+            _put_file(output, key, table, claim, schema.digest([list(map(str, row.values())) for row in rows]))
+        )
         rows.clear()
 
     for row in merge_catalog(plan.read_catalog(output, base), gone, fresh):

@@ -25,7 +25,14 @@ import ray.exceptions
 from pipeline import checkpoint, dataset, decode, log, parts, plan, publish, storage
 from pipeline.checkpoint import Checkpoint, PreprocessSpec
 from pipeline.config import Config
-from pipeline.errors import AbsentError, ConfigError, ConflictError, LabelBucketError, SourceError
+from pipeline.errors import (
+    AbsentError,
+    ConfigError,
+    ConflictError,
+    ForbiddenError,
+    LabelBucketError,
+    SourceError,
+)
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
 from pipeline.listing import Scope
@@ -33,7 +40,7 @@ from pipeline.log import Claim, Entry, State
 from pipeline.plan import Plan
 from pipeline.preprocess import spec_from_config
 from pipeline.progress import Heartbeat, Progress, Report
-from pipeline.storage import Store
+from pipeline.storage import ObjectInfo, Store
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +145,7 @@ def _check_scope(config: Config, source: Store, output: Store, state: State) -> 
 
 def _resolve(config: Config, source: Store, output: Store, state: State) -> _Request:
     scope = Scope(include=config.include, exclude=config.exclude)
-    _check_source(source, scope)
+    _check_source(source, scope, config.max_image_bytes)
     found = checkpoint.resolve(config.model, config.revision or _remembered_revision(config, state))
     spec = spec_from_config(found.preprocessor_config, mode=config.preprocess, input_px=found.input_px)
     if config.top_k > len(found.label_names):
@@ -181,11 +188,14 @@ def _resolve(config: Config, source: Store, output: Store, state: State) -> _Req
     )
 
 
-def _check_source(source: Store, scope: Scope) -> None:
+def _check_source(source: Store, scope: Scope, max_image_bytes: int) -> None:
+    """Raise unless there is something to label and it may be read."""
     num_listed = 0
     try:
         for page in scope.pages(source):
-            if any(is_in_scope for _, is_in_scope in page):
+            in_scope = [info for info, is_in_scope in page if is_in_scope]
+            if in_scope:
+                _check_readable(source, in_scope, max_image_bytes)
                 return
             num_listed += len(page)
     except AbsentError as error:
@@ -196,6 +206,22 @@ def _check_source(source: Store, scope: Scope) -> None:
             f" --exclude {list(scope.exclude)}; nothing to label"
         )
     raise SourceError(f"--input {source.root}: expected objects, found none; check the prefix")
+
+
+def _check_readable(source: Store, infos: list[ObjectInfo], max_image_bytes: int) -> None:
+    """Raise ForbiddenError if none of the smallest few may be read: then the identity is wrong, not the objects."""
+    candidates = [info for info in infos if 0 < info.size_bytes <= max_image_bytes and not info.is_archived]
+    refusal: ForbiddenError | None = None
+    for info in sorted(candidates, key=lambda info: info.size_bytes)[:3]:
+        try:
+            source.get(info.key)
+            return
+        except ForbiddenError as error:
+            refusal = error
+        except SourceError:
+            return
+    if refusal is not None:
+        raise ForbiddenError(f"--input {source.root}: may be listed but not read: {refusal}") from refusal
 
 
 def _remembered_revision(config: Config, state: State) -> str | None:

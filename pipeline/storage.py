@@ -245,6 +245,8 @@ class S3Store:
                 yield objects
             if not page.get("IsTruncated"):
                 return
+            if not page.get("NextContinuationToken"):
+                raise SourceError(f"{what}: a page says that more follow, but not where; run the command again")
             arguments["ContinuationToken"] = page["NextContinuationToken"]
             arguments.pop("StartAfter", None)
 

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,22 +30,31 @@ class Head:
     dashboard_url: str
     environment: dict[str, str]
 
-    def label_bucket(
-        self, *arguments: str, crash_at: str | None = None, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
+    def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
-        environment = {**self.environment, **variables, "RAY_ADDRESS": self.address}
+        with self.start_label_bucket(*arguments, crash_at=crash_at) as driver:
+            printed, complaints = driver.communicate(timeout=240)
+        return subprocess.CompletedProcess(driver.args, driver.returncode, printed, complaints)
+
+    @contextmanager
+    def start_label_bucket(self, *arguments: str, crash_at: str | None = None) -> "Iterator[subprocess.Popen[str]]":
+        """`python jobs/label_bucket.py` as a driver of this head, running; killed at the end if it still is."""
+        environment = {**self.environment, "RAY_ADDRESS": self.address}
         if crash_at is not None:
             environment["LABEL_BUCKET_CRASH_AT"] = crash_at
-        return subprocess.run(
+        driver = subprocess.Popen(
             [sys.executable, str(JOB), *arguments],
             env=environment,
             cwd=ROOT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=240,
-            check=False,
         )
+        with driver:
+            try:
+                yield driver
+            finally:
+                driver.kill()
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""
@@ -90,6 +99,15 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
         # Its session holds every process that it started; there is nothing in it to keep.
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
+
+
+def wait_until(is_true: Callable[[], bool], deadline_s: float = 120) -> None:
+    """Wait for a condition; TimeoutError at the deadline."""
+    deadline = time.monotonic() + deadline_s
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the condition did not hold within {deadline_s} s")
+        time.sleep(0.05)
 
 
 def _wait_until_answering(head: "subprocess.Popen[str]", url: str, token: str) -> None:

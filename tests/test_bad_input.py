@@ -10,7 +10,7 @@ import checkpoints
 import published
 import pytest
 from cluster import JOB
-from servers import Fault
+from servers import Fault, S3Server
 
 from pipeline import log, schema, storage
 from pipeline.draw import draw_file
@@ -180,6 +180,17 @@ def test_a_bucket_that_may_not_be_listed(
     faults.append(Fault.always(403, "GET", bucket.removeprefix("s3://")))
     found = job("--input", f"{bucket}/in", "--output", str(tmp_path / "out"), "--model", model)
     _assert_one_line(found, 3, f"{bucket}/in", "access denied", "policy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bucket_whose_objects_may_be_listed_but_not_read(
+    job: Job, s3: S3Server, bucket: str, faults: list[Fault], model: str, tmp_path: Path
+) -> None:
+    for index in range(4):
+        s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"in/{index}.jpg", Body=b"x" * 99)
+    faults.append(Fault.always(403, "GET", ".jpg"))
+    found = job("--input", f"{bucket}/in", "--output", str(tmp_path / "out"), "--model", model)
+    _assert_one_line(found, 3, f"{bucket}/in", "may be listed but not read", "access denied")
     assert not (tmp_path / "out").exists()
 
 

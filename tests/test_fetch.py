@@ -146,12 +146,33 @@ def test_a_reader_that_stops_early_leaves_no_thread(tmp_path: Path) -> None:
     assert not any(thread.name.startswith("fetch") for thread in threading.enumerate())
 
 
-def test_storage_that_answers_for_no_object_is_an_outage(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
-    infos = put(s3, bucket, {"a": b"a", "b": b"b"})
+def test_storage_that_answers_for_none_of_the_first_objects_is_an_outage_at_once(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    infos = put(s3, bucket, {f"{number:03d}": b"a" for number in range(100)})
     empty = infos[0]._replace(key="0", size_bytes=0)  # needs no answer, so it is none
     faults.append(Fault.always(503, "GET", ""))
-    with pytest.raises(UnavailableError, match=r"none of the 2 objects of a unit could be read; .*503"):
+    with pytest.raises(UnavailableError, match=r"none of 16 objects could be read; .*503"):
         outcomes(bucket, [empty, *infos], deadline_s=AT_ONCE_S)
+    assert s3.num_requests("GET", f"{bucket[5:]}/099") == 0
+
+
+def test_storage_that_answers_for_none_of_few_objects_and_does_not_list_is_an_outage(
+    s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infos = put(s3, bucket, {"a": b"a", "b": b"b"})
+    monkeypatch.setattr(storage, "DEADLINE_S", AT_ONCE_S)
+    faults.append(Fault.always(503, "GET", ""))
+    with pytest.raises(UnavailableError, match=r"list .*503"):
+        outcomes(bucket, infos, deadline_s=AT_ONCE_S)
+
+
+def test_a_few_objects_without_an_answer_are_rows_where_storage_still_lists(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    infos = put(s3, bucket, {"in/a.jpg": b"a", "in/b.jpg": b"b"})
+    faults.append(Fault.always(503, "GET", ".jpg"))
+    assert kinds(outcomes(bucket, infos, deadline_s=AT_ONCE_S)) == ["unavailable", "unavailable"]
 
 
 @pytest.mark.parametrize("answer", ["found", "gone", "overwritten", "denied"])

@@ -220,6 +220,7 @@ def test_every_object_is_planned_unchanged_deleted_or_filtered(
             "filtered": len(excluded),
             "unchanged": len(keys_of("same", "same failure")),
             "planned": len(to_do),
+            "known": len(known_keys & (listed.keys() - excluded)),
             "deleted": len(deleted),
         }
         assert place.count(**options) == planned.counts
@@ -387,7 +388,7 @@ def test_a_limit_looks_at_the_first_objects_in_scope_changed_or_not(place: Place
     place.remember([row("a", listed["a"].etag, 1), row("a2")])
     planned = place.plan(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",)))
     assert place.planned_keys(planned) == ["b", "d"]
-    assert planned.counts == {"listed": 4, "filtered": 1, "unchanged": 1, "planned": 2, "deleted": 0}
+    assert planned.counts == {"listed": 4, "filtered": 1, "unchanged": 1, "planned": 2, "known": 1, "deleted": 0}
     assert place.count(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",))) == planned.counts
 
 

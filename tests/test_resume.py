@@ -7,7 +7,7 @@ import boto3
 import checkpoints
 import published
 import pytest
-from cluster import Head
+from cluster import Head, wait_until
 
 from pipeline.draw import draw_file
 
@@ -107,6 +107,26 @@ def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abando
     assert done.returncode == 0, done.stderr
     assert [entry["kind"] for entry in published.entries(output)] == ["abandoned", "run"]
     assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
+
+
+def test_a_stopped_driver_says_so_and_the_same_command_resumes(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as driver:
+        wait_until(lambda: driver.poll() is not None or len(published.parts(output)) > 0)
+        driver.send_signal(signal.SIGTERM)
+        _, printed = driver.communicate(timeout=30)
+    assert driver.returncode == 143, printed
+    assert "exit code 143: stopped; the same command resumes" in printed
+    assert published.reports(output)[0]["exit_code"] == 143
+    parts = published.parts(output)
+    assert 0 < len(parts) < 5
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    assert parts.items() <= published.parts(output).items()
+    assert published.entries(output)[0]["counts"]["listed"] == 300
 
 
 def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_continues_it(

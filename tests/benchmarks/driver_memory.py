@@ -1,7 +1,7 @@
 """How the driver's memory depends on the number of units: units of no-op work through the real pipeline.
 
-Every unit is one archived object: nothing is fetched, decoded or put through the model, and one part is committed. So what
-is left is the engine, the protocol and the driver. Prints a line per count of units.
+Every unit is one archived object: nothing is fetched, decoded or put through the model, and one part is committed. So
+what is left is the engine, the protocol and the driver. Prints a line per count of units.
 
     python tests/benchmarks/driver_memory.py --num-units 1000 --num-units 100000
 """
