@@ -13,7 +13,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.config import load_config
-from pipeline.errors import LabelBucketError
+from pipeline.errors import STOPPED, LabelBucketError
 
 _log = logging.getLogger("label_bucket")
 
@@ -32,6 +32,9 @@ def main() -> int:
     except LabelBucketError as error:
         print(f"label_bucket: exit code {error.exit_code}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"label_bucket: exit code {STOPPED}: stopped; the same command resumes", file=sys.stderr)
+        return STOPPED
 
 
 def _start_ray() -> None:
@@ -59,8 +62,7 @@ def _start_ray() -> None:
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-    print("label_bucket: exit code 143: stopped; the same command resumes", file=sys.stderr)
-    raise SystemExit(143)
+    raise KeyboardInterrupt
 
 
 def _quieten() -> None:

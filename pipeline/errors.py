@@ -19,6 +19,10 @@ should be readable in one place.
 from enum import StrEnum
 
 
+STOPPED = 143
+"""Exit code of a run that was interrupted or terminated (128 + SIGTERM, as a shell says it); it can be resumed."""
+
+
 class LabelBucketError(Exception):
     """An end of the run that the operator can act on; `str(error)` is one line: expected, found, where, what to do."""
 

@@ -26,6 +26,7 @@ from pipeline import checkpoint, dataset, decode, log, parts, plan, publish, sto
 from pipeline.checkpoint import Checkpoint, PreprocessSpec
 from pipeline.config import Config
 from pipeline.errors import (
+    STOPPED,
     AbsentError,
     ConfigError,
     ConflictError,
@@ -453,9 +454,8 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
     except LabelBucketError as error:
         report.exit_code, report.message = error.exit_code, str(error)
         raise
-    except SystemExit as stop:
-        report.exit_code = stop.code if isinstance(stop.code, int) else 1
-        report.message = "stopped; the same command resumes"
+    except KeyboardInterrupt:
+        report.exit_code, report.message = STOPPED, "stopped; the same command resumes"
         raise
     finally:
         report.exit_code = 1 if report.exit_code is None else report.exit_code

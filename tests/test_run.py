@@ -152,6 +152,12 @@ def test_the_short_form_labels_a_local_folder_with_settings_from_a_file(head: He
     assert entry["counts"]["filtered"] == sum(path.parent.name == "heart" for path in images.rglob("*.*"))
     assert entry["failures"] == {"not_an_image": 1}
 
+    # Nothing after the script's name: Ray's own command line takes what looks like a flag unless `--` stands before it.
+    variables = json.dumps({"env_vars": {"LABEL_BUCKET_CONFIG": str(config)}})
+    bare = head.submit("--runtime-env-json", variables, "jobs/label_bucket.py")
+    assert bare.returncode == 0, bare.stdout[-3000:]
+    assert published.entries(str(output))[1]["counts"]["unchanged"] == entry["counts"]["labeled"] + 1
+
 
 def test_without_an_address_the_job_starts_and_ends_its_own_ray(head: Head, tmp_path: Path) -> None:
     images, output = tmp_path / "images", tmp_path / "out"
