@@ -18,7 +18,6 @@ should be readable in one place.
 
 from enum import StrEnum
 
-
 STOPPED = 143
 """Exit code of a run that was interrupted or terminated (128 + SIGTERM, as a shell says it); it can be resumed."""
 
