@@ -348,19 +348,27 @@ def evaluate(model: str, num_images: int, seed: int = HELD_OUT_SEED) -> Accuracy
     )
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and measure, or with --evaluate only measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--evaluate", action="store_true", help="only measure the checkpoint in --folder, on held-out pictures")
     add("--folder", type=Path, default=DEMO_FOLDER, help="of the checkpoint; default: where --model demo finds it")
-    add("--num-images", type=int, default=32_000, help="drawn for training; default 32000")
-    add("--teacher-epochs", type=int, default=1, help="default 1")
-    add("--epochs", type=int, default=5, help="of the student; default 5")
-    add("--batch-size", type=int, default=64, help="default 64")
-    add("--threads", type=int, default=1, help="of torch; default 1")
-    add("--num-held-out", type=int, default=4000, help="pictures to measure on; default 4000")
+    add("--num-images", type=_count, default=32_000, help="drawn for training; default 32000")
+    add("--teacher-epochs", type=_count, default=1, help="default 1")
+    add("--epochs", type=_count, default=5, help="of the student; default 5")
+    add("--batch-size", type=_count, default=64, help="default 64")
+    add("--threads", type=_count, default=1, help="of torch; default 1")
+    add("--num-held-out", type=_count, default=4000, help="pictures to measure on; default 4000")
     options = parser.parse_args(arguments)
+    if options.num_images < options.batch_size:
+        parser.error(f"expected --num-images of at least one batch ({options.batch_size}), found {options.num_images}")
     torch.set_num_threads(options.threads)
     started_s = time.monotonic()
     if not options.evaluate:

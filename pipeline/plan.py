@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
-from pipeline.errors import TRANSIENT, ConflictError, SourceError
+from pipeline.errors import TRANSIENT, ConflictError, FailureKind, SourceError
 from pipeline.listing import Scope
 from pipeline.log import FileRef
 from pipeline.storage import ObjectInfo, Store
@@ -255,6 +255,8 @@ def is_final(row: CatalogRow, info: ObjectInfo) -> bool:
     same = (row["etag"], row["size_bytes"]) == (info.etag, info.size_bytes)
     if info.etag is None:
         same = same and row["last_modified"] == info.last_modified
+    if row["failure_kind"] == FailureKind.ARCHIVED:
+        return same and info.is_archived  # restored by a copy onto itself, it has the etag that it had
     return same and row["failure_kind"] not in TRANSIENT
 
 

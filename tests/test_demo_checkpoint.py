@@ -3,6 +3,8 @@
 import io
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,40 @@ def test_transformers_alone_gives_the_labels_of_the_pipeline() -> None:
     np.testing.assert_allclose(prediction.scores_Bk[:, 0], expected_BK.max(axis=1), atol=1e-5)
 
 
-def test_training_writes_the_files_that_the_pipeline_reads(job: dict[str, Any], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    arguments = "--num-images 256 --epochs 1 --teacher-epochs 1 --num-held-out 64"
-    for folder in ("a", "b"):
-        assert job["main"]([*arguments.split(), "--folder", str(tmp_path / folder)]) == 0
-    torch.set_num_threads(threads)
+def test_training_is_reproducible_and_writes_the_files_that_the_pipeline_reads(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments = "--num-images 128 --epochs 2 --num-held-out 16 --folder"
+    command = [sys.executable, str(TRAIN_DEMO), *arguments.split(), str(tmp_path / "by_script")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "16 pictures of seed" in result.stdout
+
+    drawn = [job["_draw_resized"](job["TRAIN_SEED"], index) for index in range(128)]
+    pixels_NHWC = torch.from_numpy(np.stack([pixels for _, pixels in drawn]))
+    pictures = job["Pictures"](
+        pixels_NHWC.permute(0, 3, 1, 2).contiguous(), torch.tensor([label for label, _ in drawn])
+    )
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(job["TRAIN_SEED"])
+        teacher = job["train_teacher"](pictures, 1, 64)
+        job["save"](job["train_student"](pictures, teacher, 2, 64), tmp_path / "here")
+    torch.set_num_threads(num_threads)
+
+    here, by_script = tmp_path / "here", tmp_path / "by_script"
+    assert (here / "model.safetensors").read_bytes() == (by_script / "model.safetensors").read_bytes()
     for name in ("config.json", "preprocessor_config.json"):
-        assert (tmp_path / "a" / name).read_text() == (DEMO_FOLDER / name).read_text()
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("a", "b")]
-    assert weights[0] == weights[1]
-    assert len(weights[0]) == (DEMO_FOLDER / "model.safetensors").stat().st_size
-    assert resolve(str(tmp_path / "a")).label_names == CLASSES
+        assert (by_script / name).read_text() == (DEMO_FOLDER / name).read_text()
+    assert resolve(str(by_script)).label_names == CLASSES
+
+
+@pytest.mark.parametrize("option", ["--num-images", "--epochs", "--batch-size", "--num-held-out"])
+def test_a_count_that_is_not_one_is_refused_before_anything_is_drawn(
+    job: dict[str, Any], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        job["main"]([option, "0"])
+    assert stop.value.code == 2
+    assert "expected a whole number, 1 or more, found '0'" in capsys.readouterr().err

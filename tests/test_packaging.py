@@ -30,7 +30,7 @@ SCRIPTS = [*sorted((ROOT / "infra").glob("*.sh")), ROOT / ".ci" / "run", *sorted
 ORDER = (
     *("errors", "faults", "schema", "storage", "checkpoint", "config", "log"),
     *("listing", "plan", "fetch", "decode", "preprocess", "prepare", "model", "label", "parts", "publish"),
-    *("dataset", "progress", "run"),
+    *("dataset", "progress", "request", "run"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
@@ -38,7 +38,7 @@ DRAWING = {"shapes", "draw"}
 """The pictures that tests and the quickstart use; no part of the pipeline knows of them."""
 
 MAX_LINES = 450
-LONGER = {"storage.py": 620, "run.py": 500}
+LONGER = {"storage.py": 620}
 """Known exceptions, which may only shrink."""
 
 

@@ -110,7 +110,14 @@ def test_an_outcome_stands_while_the_object_is_the_same(known: CatalogRow, found
 
 @pytest.mark.parametrize("kind", list(FailureKind))
 def test_failures_that_may_pass_are_tried_again(kind: FailureKind) -> None:
-    assert plan.is_final(row("k", failure_kind=str(kind)), info("k")) is (kind not in TRANSIENT)
+    is_final = plan.is_final(row("k", failure_kind=str(kind)), info("k"))
+    assert is_final is (kind not in TRANSIENT and kind is not FailureKind.ARCHIVED)
+
+
+def test_an_archived_object_is_tried_again_once_it_is_restored() -> None:
+    known = row("k", failure_kind="archived")
+    assert plan.is_final(known, info("k")._replace(storage_class="GLACIER"))
+    assert not plan.is_final(known, info("k")._replace(storage_class="STANDARD"))
 
 
 # --- a whole range ------------------------------------------------------------------------------------------------
