@@ -79,6 +79,12 @@ class Resources:
         """Slots of one prepare task; never equal to another stage's, see the module."""
         return 1.0 if self.device == "cuda" and self.cluster_cpus >= 2 else 0.4
 
+    @property
+    def max_commits(self) -> int:
+        """Commit tasks at once. They are short and take next to no slot, so without a bound every finished unit would
+        start a worker process of its own."""
+        return max(2, int(self.cluster_cpus) // 4)
+
 
 COMMIT_CPUS = 0.05
 
@@ -162,7 +168,7 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
             partial(_commit, task),
             batch_size=1,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(),
+            compute=TaskPoolStrategy(size=resources.max_commits),
             num_cpus=COMMIT_CPUS,
         )
     )

@@ -10,7 +10,7 @@ import servers
 from cluster import Head, running_head
 from servers import Fault, S3Server
 
-from pipeline import storage
+from pipeline import store_s3
 
 
 def pytest_configure() -> None:
@@ -27,9 +27,9 @@ def s3() -> Iterator[S3Server]:
         for name, value in {**servers.credentials(), "AWS_ENDPOINT_URL": server.url}.items():
             patch.setenv(name, value)
         # A client that was built before has other variables.
-        storage._build_s3.cache_clear()
+        store_s3._build_s3.cache_clear()
         yield server
-        storage._build_s3.cache_clear()
+        store_s3._build_s3.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import Fault, S3Server
 
-from pipeline import fetch, storage
+from pipeline import fetch, storage, store
 from pipeline.errors import FailureKind, ImageError, UnavailableError
 from pipeline.storage import ObjectInfo
 
@@ -161,7 +161,7 @@ def test_storage_that_answers_for_none_of_few_objects_and_does_not_list_is_an_ou
     s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     infos = put(s3, bucket, {"a": b"a", "b": b"b"})
-    monkeypatch.setattr(storage, "DEADLINE_S", AT_ONCE_S)
+    monkeypatch.setattr(store, "DEADLINE_S", AT_ONCE_S)
     faults.append(Fault.always(503, "GET", ""))
     with pytest.raises(UnavailableError, match=r"list .*503"):
         outcomes(bucket, infos, deadline_s=AT_ONCE_S)

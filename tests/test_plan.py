@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan, schema, storage
+from pipeline import plan, schema, storage, store
 from pipeline.errors import TRANSIENT, ConflictError, FailureKind, SourceError
 from pipeline.listing import Scope
 from pipeline.log import FileRef
@@ -273,7 +273,7 @@ def test_units_do_not_depend_on_how_the_listing_was_paged(place: Place, monkeypa
     place.write({f"{number // 7}/{number:03d}": number for number in range(150)})
     ids = set()
     for page_objects in (1, 7, 64, 1000):
-        monkeypatch.setattr(storage, "_PAGE_OBJECTS", page_objects)
+        monkeypatch.setattr(store, "PAGE_OBJECTS", page_objects)
         planned = place.plan(f"{page_objects:08d}-00000000")
         ids.add(tuple(unit_id for unit_id, _ in place.units(planned)))
     assert len(ids) == 1

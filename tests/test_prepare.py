@@ -17,7 +17,7 @@ from PIL import Image
 from servers import Fault, S3Server
 from test_fetch import AT_ONCE_S, put
 
-from pipeline import plan, prepare, schema, storage
+from pipeline import plan, prepare, schema, storage, store
 from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from pipeline.errors import UnavailableError
@@ -200,7 +200,7 @@ def test_an_object_that_storage_never_answers_for_is_a_row_and_not_an_outage(
 def test_storage_that_answers_for_no_object_of_a_unit_raises(
     s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "DEADLINE_S", AT_ONCE_S)
+    monkeypatch.setattr(store, "DEADLINE_S", AT_ONCE_S)
     _, infos = _three(s3, bucket)
     faults.append(Fault.always(503, "GET", ""))
     with pytest.raises(UnavailableError, match="no usable answer"):

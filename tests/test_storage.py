@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline import storage
+from pipeline import storage, store
 from pipeline.errors import (
     AbsentError,
     ChangedError,
@@ -137,7 +137,7 @@ def test_a_listing_begins_with_its_prefix_and_after_its_start(place: Place) -> N
 
 
 def test_pages_join_without_gap_or_repetition(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PAGE_OBJECTS", 4)
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 4)
     names = sorted((f"{number // 3}/é +{number:02d}" for number in range(21)), key=str.encode)
     for name in names:
         place.write(name, b"x")

@@ -12,7 +12,7 @@ import pytest
 from servers import Fault, S3Server
 from test_storage import keys, listed
 
-from pipeline import storage
+from pipeline import storage, store
 from pipeline.errors import AbsentError, ForbiddenError, SourceError, UnavailableError, UnstableError
 
 
@@ -189,7 +189,7 @@ def test_an_outage_ends_at_the_deadline(bucket: str, faults: list[Fault], kind: 
 def test_an_outage_ends_a_commit_and_a_listing_too(
     bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(store, "DEADLINE_S", 0.5)
     faults += [Fault.always(503, "PUT", "/key"), Fault.always(503, "GET", bucket[5:])]
     with pytest.raises(UnavailableError, match="create"):
         storage.connect(bucket).put_if_absent("key", b"x")
@@ -205,11 +205,11 @@ def test_more_than_one_put_can_carry_is_refused_before_any_request(bucket: str) 
 
 _FIRST_USE = """
 import threading
-from pipeline import storage
+from pipeline import store_s3
 built = []
 def use():
     barrier.wait()
-    built.append(id(storage._s3()))
+    built.append(id(store_s3._s3()))
 barrier = threading.Barrier(16)
 threads = [threading.Thread(target=use) for _ in range(16)]
 [thread.start() for thread in threads]

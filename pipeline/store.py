@@ -1,0 +1,96 @@
+"""What a store of objects is, and the rules that hold for all of them: the protocol, deadlines and repeated reads.
+
+A module of its own because the stores for S3, for local folders and for everything else share it, and `storage` chooses
+among them.
+
+Keys are relative to the store's root and opaque: never decoded, normalized or split. Listings come in UTF-8 byte order.
+"""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import NamedTuple, Protocol, TypeVar
+
+import tenacity
+
+from pipeline.errors import UnavailableError, UnstableError
+
+DEADLINE_S = 30.0
+"""Time one logical request may take, its retries included, before it is UnavailableError."""
+MAX_PUT_BYTES = 96 * 2**20
+"""A conditional PUT must be a single request; s3fs and S3 both take that up to this size and beyond."""
+PAGE_OBJECTS = 1000
+"""Keys in a page; what one S3 LIST request returns."""
+_ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+_T = TypeVar("_T")
+
+
+class ObjectInfo(NamedTuple):
+    """One listed object. `etag` stands for its content: another etag means another object."""
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    last_modified: datetime | None
+    storage_class: str | None = None
+    version_id: str | None = None
+
+    @property
+    def is_archived(self) -> bool:
+        """Whether a GET would be refused until somebody restores the object."""
+        return self.storage_class in _ARCHIVED
+
+
+class Store(Protocol):
+    """Objects below a root URL. Every method raises `SourceError` or one of its kinds, and nothing else."""
+
+    root: str
+
+    def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        """Objects whose key starts with `prefix` and comes after `start_after`, in UTF-8 byte order, by the page."""
+        ...
+
+    def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = DEADLINE_S) -> bytes:
+        """The object's bytes; with `listed`, only if it still is that object and every byte of it arrived."""
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write or overwrite an object, atomically for readers."""
+        ...
+
+    def put_if_absent(self, key: str, data: bytes) -> bytes:
+        """Write an object unless it exists, and give what stands there now: `data` itself, or the earlier content."""
+        ...
+
+
+def describe(error: BaseException) -> str:
+    """An exception as one line without the line breaks that some servers put into their messages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class AgainError(Exception):
+    """This attempt failed in a way that the next one may not."""
+
+
+def until_deadline(attempt: Callable[[], _T], what: str, deadline_s: float) -> _T:
+    """`attempt` until it does not raise AgainError; UnavailableError at the deadline. The only retry loop there is."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(AgainError),
+        stop=tenacity.stop_after_delay(deadline_s),
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),  # full jitter
+    )
+    try:
+        return retrying(attempt)
+    except tenacity.RetryError as error:
+        cause = error.last_attempt.exception()
+        raise UnavailableError(f"{what}: no usable answer within {deadline_s:g} s; last: {cause}") from cause
+
+
+def reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float) -> bytes:
+    """`attempt` until the deadline; content that does not match its listing is read at most three times."""
+    for reads_left in (2, 1, 0):
+        try:
+            return until_deadline(attempt, what, deadline_s)
+        except UnstableError:
+            if not reads_left:
+                raise
+    raise AssertionError("unreachable")

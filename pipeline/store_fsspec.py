@@ -1,0 +1,104 @@
+"""Objects below any other URL that fsspec can open: an input only.
+
+A module of its own because these stores promise less: no conditional reads, etags only here and there, no safe create.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline import store
+from pipeline.errors import AbsentError, ConfigError, ForbiddenError, UnstableError
+from pipeline.store import AgainError, ObjectInfo, describe, reread_unstable, until_deadline
+
+_T = TypeVar("_T")
+
+
+class FsspecStore:
+    """Objects below any other fsspec URL: an input only. What the listing calls etag, checksum or time is the etag."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        try:
+            self._filesystem, self._path = fsspec.core.url_to_fs(root)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"cannot open {root}: {describe(error)}") from error
+        if isinstance(self._filesystem, LocalFileSystem):
+            raise ConfigError(f"expected a local path or file:// URL, found {root}")
+
+    def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        """See Store. Folder by folder, each sorted so that the whole is in byte order."""
+        page: list[ObjectInfo] = []
+        for info in self._walk(self._path, ""):
+            if info.key.startswith(prefix) and info.key.encode() > start_after.encode():
+                page.append(info)
+                if len(page) == store.PAGE_OBJECTS:
+                    yield page
+                    page = []
+        if page:
+            yield page
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[ObjectInfo]:
+        what = f"list {self.root}/{prefix}"
+        entries = until_deadline(
+            lambda: self._guard(what, self._filesystem.ls, folder, detail=True), what, store.DEADLINE_S
+        )
+        named = []
+        for entry in entries:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            named.append((f"{name}/" if entry["type"] == "directory" else name, entry))
+        for name, entry in sorted(named, key=lambda item: item[0].encode()):
+            if name.endswith("/"):
+                yield from self._walk(entry["name"], prefix + name)
+                continue
+            if entry.get("size") is None:  # a web server's folder does not say
+                ask = functools.partial(self._guard, what, self._filesystem.info, entry["name"])
+                entry = until_deadline(ask, what, store.DEADLINE_S)
+            yield self._info(prefix + name, entry)
+
+    @staticmethod
+    def _info(key: str, entry: dict[str, Any]) -> ObjectInfo:
+        modified = entry.get("last_modified") or entry.get("LastModified") or entry.get("mtime") or entry.get("created")
+        if isinstance(modified, int | float):
+            modified = datetime.fromtimestamp(modified, UTC)
+        if not isinstance(modified, datetime):
+            modified = None
+        known = (entry.get(name) for name in ("ETag", "etag", "md5Hash", "checksum", "sha256", "Last-Modified"))
+        etag = next((str(value).strip('"') for value in known if value), None)
+        size_bytes = entry.get("size") or 0
+        return ObjectInfo(key, size_bytes, etag or f"{size_bytes}-{modified and modified.isoformat()}", modified)
+
+    def _guard(self, what: str, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
+        try:
+            return call(*arguments, **options)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise AbsentError(f"{what}: not found") from error
+        except PermissionError as error:
+            raise ForbiddenError(f"{what}: permission denied") from error
+        except OSError as error:
+            raise AgainError(describe(error)) from error
+
+    def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
+        """See Store. These stores offer no conditional read: only the length tells that an object changed."""
+        what = f"get {self.root}/{key}"
+
+        def attempt() -> bytes:
+            data = self._guard(what, self._filesystem.cat_file, f"{self._path}/{key}")
+            assert isinstance(data, bytes)
+            if listed is not None and len(data) != listed.size_bytes:
+                raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+            return data
+
+        return reread_unstable(attempt, what, deadline_s)
+
+    def put(self, key: str, data: bytes) -> None:
+        """Not offered: see the module docstring."""
+        raise ConfigError(f"{self.root} is an input only")
+
+    def put_if_absent(self, key: str, data: bytes) -> bytes:
+        """Not offered: see the module docstring."""
+        raise ConfigError(f"{self.root} is an input only")

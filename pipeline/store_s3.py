@@ -1,0 +1,204 @@
+"""Objects in S3 and its relatives, through s3fs's client.
+
+A module of its own because only here is it known what an answer of S3 means, and what can be believed of it. Secrets
+never pass through: every process builds its own client from the standard AWS variables and profiles
+(AWS_NO_SIGN_REQUEST=true for anonymous access).
+"""
+
+import functools
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC
+from typing import Any
+
+import botocore.exceptions
+import fsspec.asyn
+
+from pipeline import store
+from pipeline.errors import AbsentError, ChangedError, ForbiddenError, SourceError, UnstableError
+from pipeline.store import AgainError, ObjectInfo, describe, reread_unstable, until_deadline
+
+_MD5_ETAG = re.compile(r"[0-9a-f]{32}")
+_s3_lock = threading.Lock()
+
+
+def _s3() -> Any:
+    # The threads of a fetch ask for it at once, and functools.cache alone would build a client for each of them.
+    with _s3_lock:
+        return _build_s3()
+
+
+@functools.cache
+def _build_s3() -> Any:
+    # Built here and never passed on: a pickled filesystem carries its secrets, and importing s3fs takes half a second
+    # that local runs need not pay.
+    import s3fs
+
+    anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
+    filesystem = s3fs.S3FileSystem(
+        anon=anonymous,
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        config_kwargs={
+            # Retry layers multiply; the ones below s3fs retry within a second or two, `until_deadline` does the rest.
+            "retries": {"mode": "standard", "total_max_attempts": 2},
+            "connect_timeout": 5,
+            "read_timeout": 15,
+            "max_pool_connections": 64,
+            # Ceph and others do not know the newer checksum headers.
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        },
+    )
+    filesystem.retries = 1
+    return filesystem
+
+
+class _PreconditionError(Exception):
+    """The store refused a conditional request."""
+
+
+def _translate(error: BaseException, what: str) -> Exception:
+    """The policy for an s3fs error: what it means for the caller, from status and code rather than from its class."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, botocore.exceptions.ClientError):
+        cause = cause.__cause__
+    if cause is None:
+        if isinstance(error, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
+            return ForbiddenError(f"{what}: no AWS credentials found; set them, or AWS_NO_SIGN_REQUEST=true")
+        if isinstance(
+            error, botocore.exceptions.ProfileNotFound | botocore.exceptions.ParamValidationError | ValueError
+        ):
+            return SourceError(f"{what}: {describe(error)}")
+        return AgainError(describe(error))  # connection errors, timeouts, cut-off bodies
+    status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code = str(cause.response.get("Error", {}).get("Code", ""))
+    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
+        return AbsentError(f"{what}: {'no such bucket' if code == 'NoSuchBucket' else 'not found'} ({code or status})")
+    if status in (304, 412):
+        return _PreconditionError(code)
+    if status in (401, 403):
+        return ForbiddenError(f"{what}: access denied ({code or status}); check the identity's policy and the URL")
+    if status in (0, 408, 409, 425, 429) or status >= 500 or code in ("RequestTimeout", "ExpiredToken", "SlowDown"):
+        return AgainError(f"{status} {code}")
+    return SourceError(f"{what}: refused ({status} {code}): {describe(cause)}")
+
+
+class S3Store:
+    """Objects below `s3://bucket/prefix` through s3fs's client."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._bucket, _, prefix = root.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    def _call(self, what: str, coroutine: Callable[..., Any], **arguments: Any) -> Any:
+        filesystem = _s3()
+        try:
+            return fsspec.asyn.sync(filesystem.loop, coroutine, Bucket=self._bucket, **arguments)
+        except Exception as error:
+            raise _translate(error, what) from error
+
+    def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
+        """See Store. One LIST request a page."""
+        arguments: dict[str, Any] = {"Prefix": self._prefix + prefix, "MaxKeys": store.PAGE_OBJECTS}
+        if start_after:
+            arguments["StartAfter"] = self._prefix + start_after
+        what = f"list {self.root}/{prefix}"
+        while True:
+            request = functools.partial(self._call, what, _s3()._call_s3, method="list_objects_v2", **arguments)
+            page = until_deadline(request, what, store.DEADLINE_S)
+            objects = [self._info(item) for item in page.get("Contents", [])]
+            if objects:
+                yield objects
+            if not page.get("IsTruncated"):
+                return
+            if not page.get("NextContinuationToken"):
+                raise SourceError(f"{what}: a page says that more follow, but not where; run the command again")
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            arguments.pop("StartAfter", None)
+
+    def _info(self, item: dict[str, Any]) -> ObjectInfo:
+        etag = item.get("ETag")
+        return ObjectInfo(
+            key=item["Key"][len(self._prefix) :],
+            size_bytes=item["Size"],
+            etag=etag.strip('"') if etag else None,
+            last_modified=item["LastModified"].astimezone(UTC),
+            storage_class=item.get("StorageClass"),
+        )
+
+    def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
+        """See Store. One GET, with If-Match where the etag is known."""
+        what = f"get {self.root}/{key}"
+        arguments: dict[str, Any] = {"Key": self._prefix + key}
+        if listed is not None and listed.etag is not None:
+            arguments["IfMatch"] = f'"{listed.etag}"'
+
+        def attempt() -> bytes:
+            try:
+                data, etag = self._call(what, _get_object, **arguments)
+            except _PreconditionError as error:
+                raise ChangedError(f"{what}: it is no longer the object that was listed") from error
+            # No client notices a short, swapped or flipped body unless the server stored a checksum.
+            if listed is not None and len(data) != listed.size_bytes:
+                raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+            if etag is not None:
+                _check_md5(data, listed.etag if listed is not None and listed.etag else etag, what)
+            return data  # type: ignore[no-any-return]
+
+        return reread_unstable(attempt, what, deadline_s)
+
+    def put(self, key: str, data: bytes) -> None:
+        """See Store."""
+        what = f"put {self.root}/{key}"
+        request = functools.partial(
+            self._call, what, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data
+        )
+        until_deadline(request, what, store.DEADLINE_S)
+
+    def put_if_absent(self, key: str, data: bytes) -> bytes:
+        """See Store. One PUT with If-None-Match; whatever error it ends in, only a read-back says what happened."""
+        what = f"create {self.root}/{key}"
+        if len(data) > store.MAX_PUT_BYTES:
+            raise ValueError(
+                f"{what}: {len(data)} bytes are more than the {store.MAX_PUT_BYTES} of one conditional PUT"
+            )
+
+        def attempt() -> bytes:
+            try:
+                self._call(
+                    what, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data, IfNoneMatch="*"
+                )
+            except (AgainError, _PreconditionError) as error:
+                # A lost answer, a 409 and a twin that won all look alike, and 412 is also the answer to our own
+                # write when its first answer was lost.
+                try:
+                    return self.get(key)
+                except AbsentError:
+                    raise AgainError(f"{error}, and the object is absent") from error
+            return data
+
+        return until_deadline(attempt, what, store.DEADLINE_S)
+
+
+async def _get_object(**arguments: Any) -> tuple[bytes, str | None]:
+    """The body, and its etag if that can be an MD5 (that of an object encrypted with a key is none)."""
+    response = await _s3()._call_s3("get_object", **arguments)
+    async with response["Body"] as body:
+        data: bytes = await body.read()
+    expected_bytes = response["ContentLength"]
+    if len(data) != expected_bytes:
+        raise OSError(f"body of {len(data)} bytes, {expected_bytes} announced")
+    has_own_etag = response.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in response
+    return data, None if has_own_etag else response.get("ETag", "").strip('"')
+
+
+def _check_md5(data: bytes, etag: str, what: str) -> None:
+    if _MD5_ETAG.fullmatch(etag):
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if md5 != etag:
+            raise UnstableError(f"{what}: the bytes have MD5 {md5}, the etag is {etag}")
