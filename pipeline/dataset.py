@@ -76,8 +76,9 @@ class Resources:
 
     @property
     def prepare_cpus(self) -> float:
-        """Slots of one prepare task; never equal to another stage's, see the module."""
-        return 1.0 if self.device == "cuda" and self.cluster_cpus >= 2 else 0.4
+        """Slots of one prepare task; never equal to another stage's, see the module. Beside a GPU's actor it must fit
+        on a node with one CPU."""
+        return 0.8 if self.device == "cuda" else 0.4
 
     @property
     def max_commits(self) -> int:
@@ -122,7 +123,10 @@ def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | 
 
 
 def check_model(task: Task, device: Device) -> None:
-    """Build the model once where actors will run. Raises ConfigError for weights that are not its architecture's."""
+    """Build the model once where actors will run, because what an actor's constructor raises reaches nobody.
+
+    Raises ConfigError for weights that are not its architecture's, other weights than expected, or a missing device.
+    """
     ray.get(_check_model.options(num_cpus=0.5, num_gpus=1 if device == "cuda" else 0).remote(task, device))
 
 

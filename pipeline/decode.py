@@ -46,6 +46,9 @@ class DecodeLimits:
     """Encoded size."""
     max_pixels: int = 50_000_000
     """Width × height. Pillow's own warning at 89 million pixels is an error whatever stands here."""
+    max_edge_px: int = 65_535
+    """Width and height, each: what JPEG can hold. The weights of a resize grow with the edge, whatever the other one
+    is: 1 x 49,000,000 took 2.1 GB."""
     max_metadata_bytes: int = 16 * 2**20
     """Bytes that are not pixels. Phones store megabytes of depth maps before the picture."""
     max_scans: int = 64
@@ -209,6 +212,11 @@ def _decode(data: bytes, name: str, limits: DecodeLimits) -> Image.Image:
         raise _failure(
             FailureKind.BOMB_PIXELS,
             f"expected at most {limits.max_pixels} pixels, found {width_px}x{height_px} in {len(data)} bytes of {name}",
+        )
+    if max(width_px, height_px) > limits.max_edge_px:
+        raise _failure(
+            FailureKind.BOMB_PIXELS,
+            f"expected edges of at most {limits.max_edge_px} pixels, found {width_px}x{height_px} in {name}",
         )
     image.load()
     rgb = _to_rgb(image)

@@ -22,15 +22,18 @@ from pipeline.storage import ObjectInfo, Store
 
 CONCURRENCY = 16
 """GETs in flight per task: hides ~20 ms of latency behind ~5 ms of decoding with room to spare."""
+MAX_FORBIDDEN = 64
+"""Refusals in a row that end the run: then the identity lost its permission, and the objects are not the reason."""
 _READ_AHEAD_BYTES = 256 * 2**20
+# The first that fits counts. A plain SourceError is an answer too: the object cannot be read as this identity asks.
 _KINDS: tuple[tuple[type[SourceError], FailureKind], ...] = (
     (AbsentError, FailureKind.MISSING),
     (ChangedError, FailureKind.CHANGED),
-    (ForbiddenError, FailureKind.FORBIDDEN),
     (UnstableError, FailureKind.UNSTABLE_BYTES),
+    (UnavailableError, FailureKind.UNAVAILABLE),
+    (SourceError, FailureKind.FORBIDDEN),
 )
-_ANSWERS = frozenset(kind for _, kind in _KINDS)
-"""Also a refusal shows that there is no outage."""
+_NOT_ASKED_FOR = frozenset({FailureKind.ARCHIVED, FailureKind.EMPTY, FailureKind.TOO_LARGE})
 
 
 def fetch(
@@ -38,13 +41,15 @@ def fetch(
 ) -> Iterator[bytes | ImageError]:
     """The bytes of each object in order, or its failure; at most CONCURRENCY requests and 256 MiB ahead of the reader.
 
-    Raises UnavailableError in an outage, which is not a property of the objects: storage answered for none of the first
-    CONCURRENCY that it was asked for, or for none of fewer and does not list either.
+    Raises what is no property of the objects: UnavailableError in an outage (storage answered for none of CONCURRENCY
+    objects in a row, or for no object at all and does not list either), ForbiddenError if it refused MAX_FORBIDDEN in
+    a row. Objects that it need not be asked for do not count.
     """
     window: deque[tuple[int, Future[bytes | ImageError]]] = deque()
     ahead_bytes = 0
-    num_unavailable, has_answered = 0, False
-    with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="fetch") as pool:
+    num_silent, num_forbidden, has_answered = 0, 0, False
+    pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="fetch")
+    try:
         upcoming = iter(objects)
         pending = next(upcoming, None)
         while pending is not None or window:
@@ -59,15 +64,25 @@ def fetch(
             size_bytes, future = window.popleft()
             outcome = future.result()
             ahead_bytes -= size_bytes
-            if isinstance(outcome, bytes) or outcome.kind in _ANSWERS:
-                has_answered = True
-            elif outcome.kind is FailureKind.UNAVAILABLE:
-                num_unavailable += 1
-                if num_unavailable == CONCURRENCY and not has_answered:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise UnavailableError(f"{store.root}: none of {num_unavailable} objects could be read; {outcome}")
+            if isinstance(outcome, bytes):
+                num_silent, num_forbidden, has_answered = 0, 0, True
+            elif outcome.kind not in _NOT_ASKED_FOR:
+                num_silent = num_silent + 1 if outcome.kind is FailureKind.UNAVAILABLE else 0
+                num_forbidden = num_forbidden + 1 if outcome.kind is FailureKind.FORBIDDEN else 0
+                has_answered = has_answered or not num_silent
+                if num_silent == CONCURRENCY:
+                    raise UnavailableError(
+                        f"{store.root}: none of {num_silent} objects in a row could be read; {outcome}"
+                    )
+                if num_forbidden == MAX_FORBIDDEN:
+                    raise ForbiddenError(
+                        f"{store.root}: {num_forbidden} objects in a row were refused; check the identity's policy, "
+                        f"then run the same command again; last: {outcome}"
+                    )
             yield outcome
-    if num_unavailable and not has_answered:
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if num_silent and not has_answered:
         next(store.list_pages(), None)
 
 
@@ -80,11 +95,8 @@ def _fetch_one(store: Store, info: ObjectInfo, max_image_bytes: int, deadline_s:
         return _failure(FailureKind.TOO_LARGE, f"{info.size_bytes} bytes, the limit is {max_image_bytes}")
     try:
         return store.get(info.key, listed=info, deadline_s=deadline_s)
-    except UnavailableError as error:
-        return _failure(FailureKind.UNAVAILABLE, str(error))
     except SourceError as error:
-        kind = next((kind for each, kind in _KINDS if isinstance(error, each)), FailureKind.UNAVAILABLE)
-        return _failure(kind, str(error))
+        return _failure(next(kind for each, kind in _KINDS if isinstance(error, each)), str(error))
 
 
 def _failure(kind: FailureKind, message: str) -> ImageError:

@@ -5,7 +5,7 @@ out of scope (`filtered`) if no include glob matches, an exclude glob does, or i
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fsspec.utils import glob_translate
@@ -26,17 +26,24 @@ class Scope:
 
     def pages(self, store: Store) -> Iterator[list[tuple[ObjectInfo, bool]]]:
         """Every object below the root with whether it is in scope, in UTF-8 byte order of the key, by the page."""
-        include, exclude = _translate(self.include), _translate(self.exclude)
+        is_meant = self.predicate()
         for page in store.list_pages():
-            yield [(info, _is_in_scope(info, include, exclude)) for info in page]
+            yield [(info, not _is_folder_marker(info) and is_meant(info.key)) for info in page]
+
+    def predicate(self) -> Callable[[str], bool]:
+        """Whether the globs mean a key, listed or not."""
+        include, exclude = _translate(self.include), _translate(self.exclude)
+
+        def is_meant(key: str) -> bool:
+            included = not include or any(pattern.fullmatch(key) for pattern in include)
+            return included and not any(pattern.fullmatch(key) for pattern in exclude)
+
+        return is_meant
 
 
-def _is_in_scope(info: ObjectInfo, include: Sequence[re.Pattern[str]], exclude: Sequence[re.Pattern[str]]) -> bool:
-    # The marker that some tools write for a folder; that of the root itself has an empty key.
-    if info.size_bytes == 0 and (info.key.endswith("/") or not info.key):
-        return False
-    included = not include or any(pattern.fullmatch(info.key) for pattern in include)
-    return included and not any(pattern.fullmatch(info.key) for pattern in exclude)
+def _is_folder_marker(info: ObjectInfo) -> bool:
+    # What some tools write for a folder; that of the root itself has an empty key.
+    return info.size_bytes == 0 and (info.key.endswith("/") or not info.key)
 
 
 def _translate(globs: Sequence[str]) -> list[re.Pattern[str]]:

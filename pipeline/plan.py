@@ -13,9 +13,9 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +35,19 @@ RAMP = ((16, 64), (16, 256))
 cluster, or a resumed run would plan differently."""
 UNITS_PER_CHUNK = 16
 
+COUNTS = ("listed", "filtered", "unchanged", "planned", "known", "kept", "deleted")
+"""listed = filtered + unchanged + planned. Of the last catalog's rows, `known` are listed and in scope, `deleted` are
+gone, and `kept` are out of tonight's scope; there are no others."""
+
 CatalogRow = Mapping[str, Any]
 """A row of schema.CATALOG."""
+
+
+class Listed(NamedTuple):
+    """An object of the listing, and whether the globs mean it."""
+
+    info: ObjectInfo
+    is_in_scope: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +69,7 @@ class Range:
     deletions: list[str]
     """Keys of the Parquet files with the catalog rows of objects that are gone."""
     counts: dict[str, int]
-    """listed, filtered, unchanged, planned, known (listed and in the last catalog), deleted: objects."""
+    """Objects, by the names in COUNTS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,62 +138,74 @@ def plan_range(
     range_key = f"_runs/{run_id}/plan/range-{range_id}.json"
     standing = storage.get_or_none(output, range_key)
     if standing is None:
-        chunks = _Chunks(output, f"_runs/{run_id}/plan/{range_id}-{uuid.uuid4().hex[:8]}", input_url, max_unit_rows)
-        counts = _no_counts()
-        for change in _changes(input_url, output, scope, catalog, counts, limit, records_deletions=records_deletions):
-            chunks.add(change) if isinstance(change, ObjectInfo) else chunks.add_deletion(change)
-        chunks.close()
-        planned = Range(range_id=range_id, chunks=chunks.units, deletions=chunks.deletions, counts=counts)
+        key_prefix = f"_runs/{run_id}/plan/{range_id}-{uuid.uuid4().hex[:8]}"
+        chunks = _Chunks(output.put_if_absent, key_prefix, input_url, max_unit_rows)
+        planned = _plan(input_url, output, scope, catalog, chunks, range_id, limit, records_deletions=records_deletions)
         standing = output.put_if_absent(range_key, json.dumps(asdict(planned)).encode())
     values = json.loads(standing)
     return Range(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
-def count(
+def preview(
     input_url: str,
     output_url: str,
     scope: Scope,
     catalog: Sequence[FileRef],
     *,
+    max_unit_rows: int,
     limit: int | None,
     records_deletions: bool,
-) -> dict[str, int]:
-    """The counts that a plan would have now, without writing anything."""
-    counts = _no_counts()
+) -> Plan:
+    """The plan that `plan_range` would make now, without writing anything: its chunks do not exist."""
+    chunks = _Chunks(lambda _key, data: data, "", input_url, max_unit_rows)
     output = storage.connect(output_url)
-    for _ in _changes(input_url, output, scope, catalog, counts, limit, records_deletions=records_deletions):
-        pass
-    return counts
+    planned = _plan(input_url, output, scope, catalog, chunks, "0000", limit, records_deletions=records_deletions)
+    return Plan(run_id="", ranges=[planned], counts=planned.counts)
 
 
-def _no_counts() -> dict[str, int]:
-    return dict.fromkeys(("listed", "filtered", "unchanged", "planned", "known", "deleted"), 0)
-
-
-def _changes(
+def _plan(
     input_url: str,
     output: Store,
     scope: Scope,
     catalog: Sequence[FileRef],
-    counts: dict[str, int],
+    chunks: "_Chunks",
+    range_id: str,
     limit: int | None,
     *,
     records_deletions: bool,
-) -> Iterator[ObjectInfo | CatalogRow]:
-    """Objects to label and catalog rows of objects that are gone, in key order; `counts` is kept up to date."""
-    listing = _listing(input_url, scope, counts)
-    for info, row in up_to_limit(merge_join(listing, read_catalog(output, catalog)), limit):
-        counts["known"] += info is not None and row is not None
-        if info is None:
-            # Out of tonight's scope is not gone: only a full listing of the same scope shows that.
-            if records_deletions and row is not None:
+) -> Range:
+    counts = dict.fromkeys(COUNTS, 0)
+    is_meant = scope.predicate()
+    joined = merge_join(_listing(input_url, scope), read_catalog(output, catalog))
+    for found, row in joined:
+        if found is None:
+            assert row is not None
+            # Out of tonight's scope is not gone: only a listing of everything that is meant shows that.
+            if records_deletions and is_meant(row["key"]):
                 counts["deleted"] += 1
-                yield row
-        elif row is not None and is_final(row, info):
+                chunks.add_deletion(row)
+            else:
+                counts["kept"] += 1
+            continue
+        counts["listed"] += 1
+        if not found.is_in_scope:
+            counts["filtered"] += 1
+            counts["kept"] += row is not None
+            continue
+        counts["known"] += row is not None
+        if row is not None and is_final(row, found.info):
             counts["unchanged"] += 1
         else:
             counts["planned"] += 1
-            yield info
+            chunks.add(found.info)
+        if counts["unchanged"] + counts["planned"] == limit:
+            break
+    # A limit leaves the rest of the catalog as it is.
+    counts["kept"] = (
+        sum(file.num_rows for file in catalog) - counts["known"] - counts["deleted"] if limit else counts["kept"]
+    )
+    chunks.close()
+    return Range(range_id=range_id, chunks=chunks.units, deletions=chunks.deletions, counts=counts)
 
 
 def num_objects(output: Store, sealed: Plan, unit_ids: set[str]) -> int:
@@ -223,15 +246,16 @@ def read_unit(output: Store, chunk_key: str, wanted_unit_id: str) -> pa.Table:
 
 
 def merge_join(
-    listing: Iterator[ObjectInfo], catalog: Iterator[CatalogRow]
-) -> Iterator[tuple[ObjectInfo | None, CatalogRow | None]]:
+    listing: Iterator[Listed], catalog: Iterator[CatalogRow]
+) -> Iterator[tuple[Listed | None, CatalogRow | None]]:
     """Full outer join of two streams sorted by key. Raises SourceError if the listing is not sorted or repeats a key.
 
     Python compares strings by code point, which is the order of their UTF-8 bytes.
     """
     row = next(catalog, None)
     previous: str | None = None
-    for info in listing:
+    for found in listing:
+        info = found.info
         if previous is not None and info.key <= previous:
             raise SourceError(
                 f"the listing is not in order: {info.key!r} came after {previous!r}; run the command again"
@@ -241,10 +265,10 @@ def merge_join(
             yield None, row
             row = next(catalog, None)
         if row is not None and row["key"] == info.key:
-            yield info, row
+            yield found, row
             row = next(catalog, None)
         else:
-            yield info, None
+            yield found, None
     while row is not None:
         yield None, row
         row = next(catalog, None)
@@ -260,29 +284,10 @@ def is_final(row: CatalogRow, info: ObjectInfo) -> bool:
     return same and row["failure_kind"] not in TRANSIENT
 
 
-def up_to_limit(
-    joined: Iterator[tuple[ObjectInfo | None, CatalogRow | None]], limit: int | None
-) -> Iterator[tuple[ObjectInfo | None, CatalogRow | None]]:
-    """The join up to and including its `limit`-th listed object."""
-    if limit is None:
-        yield from joined
-        return
-    remaining = limit
-    for info, row in joined:
-        yield info, row
-        remaining -= info is not None
-        if not remaining:
-            return
-
-
-def _listing(input_url: str, scope: Scope, counts: dict[str, int]) -> Iterator[ObjectInfo]:
+def _listing(input_url: str, scope: Scope) -> Iterator[Listed]:
     for page in scope.pages(storage.connect(input_url)):
         for info, is_in_scope in page:
-            counts["listed"] += 1
-            if is_in_scope:
-                yield info
-            else:
-                counts["filtered"] += 1
+            yield Listed(info, is_in_scope)
 
 
 def read_catalog(output: Store, files: Sequence[FileRef]) -> Iterator[CatalogRow]:
@@ -305,10 +310,12 @@ def read_catalog(output: Store, files: Sequence[FileRef]) -> Iterator[CatalogRow
 class _Chunks:
     """Collects objects into units and units into chunk files."""
 
-    def __init__(self, output: Store, key_prefix: str, input_url: str, max_unit_rows: int) -> None:
+    def __init__(
+        self, write: Callable[[str, bytes], object], key_prefix: str, input_url: str, max_unit_rows: int
+    ) -> None:
         self.units: list[Chunk] = []
         self.deletions: list[str] = []
-        self._output, self._key_prefix, self._root = output, key_prefix, input_url
+        self._write, self._key_prefix, self._root = write, key_prefix, input_url
         self._row_limits = _row_limits(max_unit_rows)
         self._row_limit = next(self._row_limits)
         self._unit: list[ObjectInfo] = []
@@ -354,13 +361,13 @@ class _Chunks:
         rows = [len(table) for table in self._tables]
         chunk = pa.table([ids, rows, sizes, nested], names=schema.UNITS.names).cast(schema.UNITS)
         key = f"{self._key_prefix}-{len(self.units):05d}.units.parquet"
-        self._output.put_if_absent(key, to_parquet(chunk))
+        self._write(key, to_parquet(chunk))
         self.units.append(Chunk(key=key, unit_ids=ids, num_objects=sum(rows), encoded_bytes=sum(sizes)))
         self._tables = []
 
     def _write_deletions(self) -> None:
         key = f"{self._key_prefix}-{len(self.deletions):05d}.deletions.parquet"
-        self._output.put_if_absent(key, to_parquet(pa.Table.from_pylist(self._deleted, schema.CATALOG)))
+        self._write(key, to_parquet(pa.Table.from_pylist(self._deleted, schema.CATALOG)))
         self.deletions.append(key)
         self._deleted = []
 

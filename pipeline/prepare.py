@@ -4,17 +4,18 @@ A module of its own because these three stages share a task: encoded bytes never
 waits overlap decoding. Same rows in, same order out; a failure is marked in its row and touches no other.
 """
 
-import contextlib
 import time
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from pipeline import schema
 from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DecodeLimits, decode
-from pipeline.errors import FailureKind, ImageError, UnavailableError
+from pipeline.errors import FailureKind, ImageError
 from pipeline.fetch import fetch
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo, Store
@@ -26,7 +27,8 @@ def prepare_unit(
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
 
     Pixels are uint8 (input_px, input_px, 3) in C order. Objects that storage did not answer for get a second deadline
-    after all others. Raises UnavailableError in an outage.
+    after all others. Raises UnavailableError in an outage and ForbiddenError if the identity lost its permission, as
+    `fetch` does; then none of the unit is a row.
     """
     infos = [
         ObjectInfo(
@@ -49,19 +51,23 @@ def prepare_unit(
             started_s = time.perf_counter()
             try:
                 image = decode(data, limits)
-                pixels[row] = preprocess(image, spec)
+                pixels[row] = _preprocess(image, spec)
                 results[row] = image.size
             except ImageError as error:
                 results[row] = error
             busy_s += time.perf_counter() - started_s
 
     fill(range(len(infos)))
-    unanswered = [row for row, result in enumerate(results) if _is_unavailable(result)]
-    if unanswered:
-        # Storage answered for others, so what stays without an answer is a row and not an outage.
-        with contextlib.suppress(UnavailableError):
-            fill(unanswered)
+    fill([row for row, result in enumerate(results) if _is_unavailable(result)])
     return _decoded(objects, results, pixels), busy_s
+
+
+def _preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
+    try:
+        return preprocess(image, spec)
+    except MemoryError as error:
+        message = f"memory ran out while resizing {image.width}x{image.height} pixels"
+        raise ImageError(FailureKind.DECODE_OOM, message, stage="decode") from error
 
 
 def _is_unavailable(result: tuple[int, int] | ImageError) -> bool:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from pipeline import schema, storage
 from pipeline.dataset import UnitSummary
+from pipeline.errors import SourceError
 from pipeline.storage import Store
 
 LOG_INTERVAL_S = 10.0
@@ -132,6 +133,12 @@ class Report:
         data = json.dumps(asdict(self), indent=1, ensure_ascii=False).encode()
         output.put(f"_runs/{self.run_id}/report.json", data)
 
+    @classmethod
+    def read(cls, output: Store, run_id: str) -> "Report | None":
+        """The report of a run, or None if it has none."""
+        data = storage.get_or_none(output, f"_runs/{run_id}/report.json")
+        return None if data is None else cls(**json.loads(data))
+
 
 class Heartbeat:
     """An advisory sign of life, so that a second driver of the same run can be announced. Never decides anything."""
@@ -158,4 +165,7 @@ class Heartbeat:
         if time.monotonic() >= self._next_s:
             self._next_s = time.monotonic() + self.INTERVAL_S
             beat = {"owner": self._owner, "at": datetime.now(UTC).isoformat()}
-            self._output.put(self._key, json.dumps(beat).encode())
+            try:
+                self._output.put(self._key, json.dumps(beat).encode())
+            except SourceError as error:
+                _log.warning("no sign of life could be left: %s", error)

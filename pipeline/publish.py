@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +25,7 @@ import ray
 from pipeline import parts, plan, schema, storage
 from pipeline.errors import TRANSIENT, BudgetError, ConflictError, FailureKind
 from pipeline.faults import crash_point
-from pipeline.log import Claim, Entry, FileRef, commit
+from pipeline.log import Claim, Entry, FileRef, abandoned, commit
 from pipeline.parts import PartSummary
 from pipeline.plan import Plan
 from pipeline.storage import Store
@@ -32,9 +33,13 @@ from pipeline.storage import Store
 TARGET_FILE_BYTES = 80 * 2**20
 """Parts are packed up to this size, so that a file ends between 64 and 96 MiB where there is enough."""
 MAX_FAILURES_PER_FILE = 200_000
-MAX_CATALOG_ROWS = 1_000_000
+MAX_CATALOG_ROWS = 200_000
+MAX_CATALOG_KEY_BYTES = 40 * 2**20
+"""Bounds of one catalog file: 400 MB of memory while it is written, and one PUT also where all keys are 1024 bytes."""
 BUDGET_FLOOR = 20
 """So many failures never stop a run, however small the bucket."""
+_TOMBSTONE = b'"abandoned"'
+"""The seal of a run that was given up."""
 _PARTS_DIGEST = b"label_bucket.parts_digest"
 _TASK = {"num_cpus": 0.5, "memory": 1 << 29, "max_retries": 3}
 
@@ -100,7 +105,7 @@ def check_budget(failures: Mapping[str, int], counts: Mapping[str, int], max_fai
 
 def check_accounts(counts: Mapping[str, int], labeled: int, failed: int, claim: Claim, *, num_in_catalog: int) -> None:
     """Raise ConflictError unless every listed object has exactly one outcome, and every object of the last catalog is
-    either still listed or deleted. (The latter only if any is deleted: a partial run cannot say.)
+    listed, deleted or out of tonight's scope.
     """
     accounted = labeled + failed + counts["unchanged"] + counts["filtered"]
     if accounted != counts["listed"] or labeled + failed != counts["planned"]:
@@ -109,17 +114,33 @@ def check_accounts(counts: Mapping[str, int], labeled: int, failed: int, claim: 
             f" {labeled} + failed {failed} + unchanged {counts['unchanged']} + filtered {counts['filtered']} ="
             f" {accounted}; keep the output's _runs/{claim.run_id} and report this"
         )
-    if counts["deleted"] and counts["known"] + counts["deleted"] != num_in_catalog:
+    if counts["known"] + counts["kept"] + counts["deleted"] != num_in_catalog:
         raise ConflictError(
-            f"run {claim.run_id}: the sums do not add up, nothing was published: the last catalog has"
-            f" {num_in_catalog} objects, of which {counts['known']} are listed and {counts['deleted']} deleted; report"
-            " this"
+            f"run {claim.run_id}: the sums do not add up, nothing was published: the last catalog has {num_in_catalog}"
+            f" objects, of which {counts['known']} are listed, {counts['kept']} out of scope and {counts['deleted']}"
+            f" deleted; keep the output's _runs/{claim.run_id} and report this"
         )
 
 
-def is_sealed(output: Store, run_id: str) -> bool:
-    """Whether a run has come so far that anybody can, and must, finish it."""
-    return storage.get_or_none(output, _seal_key(run_id)) is not None
+def fate(output: Store, run_id: str) -> Literal["open", "sealed", "abandoned"]:
+    """What was decided of a claimed run. Sealed: anybody can, and must, finish it. Abandoned: it may never publish."""
+    seal = storage.get_or_none(output, _seal_key(run_id))
+    if seal is None:
+        return "open"
+    return "abandoned" if seal == _TOMBSTONE else "sealed"
+
+
+def abandon(output: Store, claim: Claim, now: str) -> None:
+    """Give an open run up, also against a driver of it that is still alive: whoever writes the seal first decides.
+
+    Raises ConflictError if the run has begun to publish.
+    """
+    if output.put_if_absent(_seal_key(claim.run_id), _TOMBSTONE) != _TOMBSTONE:
+        raise ConflictError(
+            f"{output.root}: run {claim.run_id} has begun to publish and cannot be abandoned any more; any command on"
+            " this output finishes it"
+        )
+    commit(output, abandoned(claim, now))
 
 
 def publish(output: Store, claim: Claim, sealed_plan: Plan, base: Entry | None, outcomes: Outcomes, now: str) -> Entry:
@@ -190,6 +211,10 @@ def _seal_key(run_id: str) -> str:
 def _seal_layout(output: Store, claim: Claim, outcomes: Outcomes) -> list[FilePlan]:
     wanted = [asdict(each) for each in _layout(claim, outcomes)]
     standing = output.put_if_absent(_seal_key(claim.run_id), json.dumps(wanted).encode())
+    if standing == _TOMBSTONE:
+        raise ConflictError(
+            f"{output.root}: run {claim.run_id} was abandoned by another command; nothing was published"
+        )
     return [FilePlan(**each) for each in json.loads(standing)]
 
 
@@ -286,10 +311,13 @@ def _publish_catalog(output_url: str, claim: Claim, sealed_plan: Plan, base: Seq
         )
         rows.clear()
 
+    key_bytes = 0
     for row in merge_catalog(plan.read_catalog(output, base), gone, fresh):
         rows.append(row)
-        if len(rows) == MAX_CATALOG_ROWS:
+        key_bytes += len(row["key"].encode())
+        if len(rows) == MAX_CATALOG_ROWS or key_bytes >= MAX_CATALOG_KEY_BYTES:
             write()
+            key_bytes = 0
     if rows or not files:
         write()
     return files

@@ -20,6 +20,8 @@ from pipeline.log import Entry, State
 from pipeline.preprocess import spec_from_config
 from pipeline.storage import ObjectInfo, Store
 
+OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "_catalog", "_log", "_runs"})
+"""What a run writes below its output."""
 PRECISION = "label_bucket.compute_dtype"
 """The footer key, also in a claim, that says what the model computes in."""
 
@@ -41,7 +43,12 @@ class Request:
 
 
 def _check_output(config: Config, source: Store, output: Store, state: State) -> None:
-    """Refuse another source for this output, and an open run of another command, before any model is loaded."""
+    """Refuse another source for this output, and a source in which its results would appear."""
+    below = f"{source.root}/".removeprefix(f"{output.root}/").partition("/")[0]
+    if below in OUTPUT_FOLDERS and source.root.startswith(f"{output.root}/"):
+        raise ConfigError(
+            f"--input {source.root} is where --output {output.root} keeps its {below}; choose another --output"
+        )
     known = next((each.identity["input"] for each in [*state.runs, state.open_claim] if each is not None), None)
     if known is not None and known != source.root and not (config.abandon_run and not state.runs):
         raise ConflictError(

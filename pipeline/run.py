@@ -45,13 +45,8 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     output = storage.connect_output(config.output)
     source = storage.connect(config.input)
     state = log.read(output)
-    if state.open_claim is not None and publish.is_sealed(output, state.open_claim.run_id):
-        if config.dry_run:
-            _log.info("run %s was interrupted while it published; a run would finish it first", state.open_claim.run_id)
-        else:
-            start_engine()
-            _roll_forward(output, state, state.open_claim)
-            state = log.read(output)
+    if not config.dry_run:
+        state = _finish_what_is_open(output, state, start_engine)
     request = resolve(config, source, output, state)
     start_engine()
     resources = dataset.resolve_resources(config.device, config.gpu_actors)
@@ -63,7 +58,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     if config.dry_run:
         return _dry_run(config, request, resources)
     if config.abandon_run and state.open_claim is not None:
-        log.commit(output, log.abandoned(state.open_claim, _now()))
+        publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
         state = log.read(output)
     claim = log.claim(
@@ -77,6 +72,8 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         now=_now(),
     )
     crash_point("claimed")
+    if state.runs:
+        _settle_report(output, state.runs[-1])
     report = Report(
         run_id=claim.run_id,
         config=config.model_dump(mode="json"),
@@ -92,32 +89,24 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     )
     with _reporting(report, output):
         entry = _run(config, request, resources, claim, state, report)
-        report.counts, report.failures = entry.counts, entry.failures
-        report.published = {
-            kind: [asdict(file) for file in files]
-            for kind, files in (
-                ("labels", entry.labels),
-                ("failures", entry.dead_letters),
-                ("deletions", entry.deletions),
-            )
-        }
-        report.message = f"published run {claim.run_id}: {_counts_text(entry)}"
+        _complete(report, entry)
     return report
 
 
 def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> Report:
-    counts = plan.count(
+    preview = plan.preview(
         request.source.root,
         request.output.root,
         request.scope,
         request.base.catalog if request.base else [],
+        max_unit_rows=plan.max_unit_rows(request.spec.input_px),
         limit=config.limit,
         records_deletions=request.records_deletions,
     )
-    _announce(request, resources, counts, None)
+    _announce(request, resources, preview)
     return Report(
         exit_code=0,
-        counts=counts,
+        counts=preview.counts,
         message="dry run: nothing was written",
         model_id=request.checkpoint.model_id,
         model_revision=request.checkpoint.revision,
@@ -143,7 +132,7 @@ def _run(
         finished = parts.finished_units(output, claim.run_id)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
-        _announce(request, resources, sealed.counts, sealed)
+        _announce(request, resources, sealed)
         if finished:
             _log.info("resuming: %d of %d units have their part", len(finished), sealed.num_units)
         _label(config, request, resources, claim, sealed, finished, heartbeat, report)
@@ -207,6 +196,8 @@ def _label(
         return
     # A run that is resumed on another device keeps the precision it began with: its files name one.
     task = worker_task(config, request, claim.run_id, claim.metadata[PRECISION])
+    if request.base is not None:  # otherwise it was checked before the claim
+        dataset.check_model(task, resources.device)
     progress = Progress(sealed.counts["planned"], plan.num_objects(request.output, sealed, finished))
     try:
         for unit in dataset.label_units(task, resources, work):
@@ -219,16 +210,44 @@ def _label(
         report.images_per_s = round(progress.images_per_s, 2)
 
 
-def _roll_forward(output: Store, state: State, claim: Claim) -> None:
-    """Finish a run whose files may already be where readers look; needs neither its command nor its model."""
-    _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
-    sealed = plan.read(output, claim.run_id)
-    if sealed is None:
-        raise ConflictError(f"{output.root}: run {claim.run_id} was publishing, but its plan.json is gone; restore it")
-    with _engine_errors():
-        outcomes = publish.read_outcomes(output, claim, sealed)
-        entry = publish.publish(output, claim, sealed, _base_of(claim, state), outcomes, _now())
-    _log.info("published run %s: %s", entry.run_id, _counts_text(entry))
+def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[], None]) -> State:
+    """Finish what an earlier command had decided and could not complete; needs neither its flags nor its model."""
+    claim = state.open_claim
+    fate = "open" if claim is None else publish.fate(output, claim.run_id)
+    if claim is not None and fate == "abandoned":
+        log.commit(output, log.abandoned(claim, _now()))
+        state = log.read(output)
+    elif claim is not None and fate == "sealed":
+        start_engine()
+        _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
+        sealed = plan.read(output, claim.run_id)
+        if sealed is None:
+            raise ConflictError(
+                f"{output.root}: run {claim.run_id} was publishing, but its plan.json is gone; restore it"
+            )
+        with _engine_errors():
+            outcomes = publish.read_outcomes(output, claim, sealed)
+            entry = publish.publish(output, claim, sealed, _base_of(claim, state), outcomes, _now())
+        _log.info("published run %s: %s", entry.run_id, _counts_text(entry))
+        state = log.read(output)
+    return state
+
+
+def _settle_report(output: Store, entry: Entry) -> None:
+    """Make the report of a published run say so, where its own driver died before it could."""
+    report = Report.read(output, entry.run_id) or Report(run_id=entry.run_id)
+    if report.exit_code != 0:
+        _complete(report, entry)
+        report.exit_code, report.ended_at = 0, entry.committed_at
+        report.write(output)
+
+
+def _complete(report: Report, entry: Entry) -> None:
+    report.run_date, report.model_id, report.model_revision = entry.run_date, entry.model_id, entry.model_revision
+    report.space_id, report.counts, report.failures = entry.space_id, entry.counts, entry.failures
+    files = {"labels": entry.labels, "failures": entry.dead_letters, "deletions": entry.deletions}
+    report.published = {kind: [asdict(file) for file in each] for kind, each in files.items()}
+    report.message = f"published run {entry.run_id}: {_counts_text(entry)}"
 
 
 def _base_of(claim: Claim, state: State) -> Entry | None:
@@ -241,12 +260,14 @@ def _base_of(claim: Claim, state: State) -> Entry | None:
 # --- what the operator sees ---------------------------------------------------------------------------------------
 
 
-def _announce(request: Request, resources: dataset.Resources, counts: dict[str, int], sealed: Plan | None) -> None:
-    size = f", {sealed.num_units:,} units, {sealed.encoded_bytes / 1e9:.3f} GB to read" if sealed else ""
+def _announce(request: Request, resources: dataset.Resources, planned: Plan) -> None:
     _log.info(
-        "plan: %s listed, %s to label, %s unchanged, %s filtered, %s deleted%s",
-        *(f"{counts[name]:,}" for name in ("listed", "planned", "unchanged", "filtered", "deleted")),
-        size,
+        "plan: %s listed, %s to label in %s units, %.3f GB to read, %s unchanged, %s filtered, %s deleted",
+        f"{planned.counts['listed']:,}",
+        f"{planned.counts['planned']:,}",
+        f"{planned.num_units:,}",
+        planned.encoded_bytes / 1e9,
+        *(f"{planned.counts[name]:,}" for name in ("unchanged", "filtered", "deleted")),
     )
     _log.info(
         "model: %s revision %s, space %s, on %d %s actor(s); the cluster has %g CPUs, %g GPUs",
@@ -277,6 +298,9 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         report.exit_code, report.message = STOPPED, "stopped; the same command resumes"
+        raise
+    except Exception as error:
+        report.message = storage.describe(error)
         raise
     finally:
         report.exit_code = 1 if report.exit_code is None else report.exit_code

@@ -75,12 +75,8 @@ class FsspecStore:
     def _guard(self, what: str, call: Callable[..., _T], *arguments: Any, **options: Any) -> _T:
         try:
             return call(*arguments, **options)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise AbsentError(f"{what}: not found") from error
-        except PermissionError as error:
-            raise ForbiddenError(f"{what}: permission denied") from error
-        except OSError as error:
-            raise AgainError(describe(error)) from error
+        except Exception as error:  # every filesystem raises the errors of its own client library
+            raise _translate(error, what) from error
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store. These stores offer no conditional read: only the length tells that an object changed."""
@@ -102,3 +98,23 @@ class FsspecStore:
     def put_if_absent(self, key: str, data: bytes) -> bytes:
         """Not offered: see the module docstring."""
         raise ConfigError(f"{self.root} is an input only")
+
+
+def _translate(error: Exception, what: str) -> Exception:
+    """What a filesystem's error means for the caller: by its HTTP status where it has one, else by its class."""
+    status = _status(error)
+    if status == 404 or (status is None and isinstance(error, FileNotFoundError | NotADirectoryError)):
+        return AbsentError(f"{what}: not found")
+    if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
+        return ForbiddenError(f"{what}: permission denied; check the identity's policy and the URL")
+    return AgainError(describe(error))
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that the error or a cause of it names: fsspec's `info` says "not found" whatever the answer."""
+    while error is not None:
+        for name in ("status", "code", "status_code"):  # aiohttp, Google, Azure
+            if isinstance(status := getattr(error, name, None), int) and status:
+                return status
+        error = error.__cause__
+    return None

@@ -5,6 +5,7 @@ never pass through: every process builds its own client from the standard AWS va
 (AWS_NO_SIGN_REQUEST=true for anonymous access).
 """
 
+import asyncio
 import functools
 import hashlib
 import os
@@ -95,10 +96,15 @@ class S3Store:
         self._bucket, _, prefix = root.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
 
-    def _call(self, what: str, coroutine: Callable[..., Any], **arguments: Any) -> Any:
-        filesystem = _s3()
+    def _call(self, what: str, deadline_s: float, coroutine: Callable[..., Any], **arguments: Any) -> Any:
+        async def attempt() -> Any:
+            # The client's own limits are per read: a server that sends a byte now and then never meets them.
+            return await asyncio.wait_for(coroutine(Bucket=self._bucket, **arguments), deadline_s)
+
         try:
-            return fsspec.asyn.sync(filesystem.loop, coroutine, Bucket=self._bucket, **arguments)
+            return fsspec.asyn.sync(_s3().loop, attempt)
+        except TimeoutError as error:
+            raise AgainError("no complete answer in time") from error
         except Exception as error:
             raise _translate(error, what) from error
 
@@ -109,7 +115,9 @@ class S3Store:
             arguments["StartAfter"] = self._prefix + start_after
         what = f"list {self.root}/{prefix}"
         while True:
-            request = functools.partial(self._call, what, _s3()._call_s3, method="list_objects_v2", **arguments)
+            request = functools.partial(
+                self._call, what, store.DEADLINE_S, _s3()._call_s3, method="list_objects_v2", **arguments
+            )
             page = until_deadline(request, what, store.DEADLINE_S)
             objects = [self._info(item) for item in page.get("Contents", [])]
             if objects:
@@ -140,7 +148,7 @@ class S3Store:
 
         def attempt() -> bytes:
             try:
-                data, etag = self._call(what, _get_object, **arguments)
+                data, etag = self._call(what, deadline_s, _get_object, **arguments)
             except _PreconditionError as error:
                 raise ChangedError(f"{what}: it is no longer the object that was listed") from error
             # No client notices a short, swapped or flipped body unless the server stored a checksum.
@@ -156,7 +164,7 @@ class S3Store:
         """See Store."""
         what = f"put {self.root}/{key}"
         request = functools.partial(
-            self._call, what, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data
+            self._call, what, store.DEADLINE_S, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data
         )
         until_deadline(request, what, store.DEADLINE_S)
 
@@ -171,13 +179,19 @@ class S3Store:
         def attempt() -> bytes:
             try:
                 self._call(
-                    what, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data, IfNoneMatch="*"
+                    what,
+                    store.DEADLINE_S,
+                    _s3()._call_s3,
+                    method="put_object",
+                    Key=self._prefix + key,
+                    Body=data,
+                    IfNoneMatch="*",
                 )
             except (AgainError, _PreconditionError) as error:
                 # A lost answer, a 409 and a twin that won all look alike, and 412 is also the answer to our own
                 # write when its first answer was lost.
                 try:
-                    return self.get(key)
+                    return self.get(key, deadline_s=store.DEADLINE_S)
                 except AbsentError:
                     raise AgainError(f"{error}, and the object is absent") from error
             return data

@@ -39,12 +39,12 @@ _HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encodin
 class Fault:
     """What happens to the first `times` requests of this method whose path, unquoted, ends with `key`.
 
-    A number is answered instead of forwarding. `slow` forwards after 50 ms. `reset` closes the connection before
-    forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it with a matching
-    length, `flip` all of it with one bit changed, `swapped` as many other bytes.
+    A number is answered instead of forwarding. `slow` forwards after 50 ms, `stall` after 3 s. `reset` closes the
+    connection before forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it
+    with a matching length, `flip` all of it with one bit changed, `swapped` as many other bytes.
     """
 
-    kind: int | Literal["slow", "reset", "answer_lost", "cut", "short", "flip", "swapped"]
+    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped"]
     method: str
     key: str
     times: float = 1
@@ -174,8 +174,8 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             kind = self._fault()
-            if kind == "slow":
-                time.sleep(0.05)
+            if kind in ("slow", "stall"):
+                time.sleep(0.05 if kind == "slow" else 3)
             if isinstance(kind, int):
                 self._send(kind, {}, f"<Error><Code>{_CODES[kind]}</Code><Message>as asked</Message></Error>".encode())
                 return

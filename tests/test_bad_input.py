@@ -128,6 +128,14 @@ def test_an_output_inside_the_input(job: Job, images: str, model: str) -> None:
     _assert_one_line(found, 2, "expected --output outside --input")
 
 
+def test_an_input_that_the_output_keeps_its_results_in(job: Job, images: str, model: str) -> None:
+    folder = Path(images) / "labels"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(draw_file(1, 1).data)
+    found = job("--input", str(folder), "--output", images, "--model", model)
+    _assert_one_line(found, 2, "keeps its labels", "choose another --output")
+
+
 def test_an_output_on_a_store_that_cannot_commit(job: Job, images: str, model: str) -> None:
     found = job("--input", images, "--output", "memory://out", "--model", model)
     _assert_one_line(found, 2, "--output must be an s3:// URL or a local folder")

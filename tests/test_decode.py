@@ -369,6 +369,17 @@ def test_sizes_above_pillows_own_limits_are_the_same_failure(size: tuple[int, in
     assert failure(images.png(*size, rows=b""), DecodeLimits(max_pixels=10**6)).kind == FailureKind.BOMB_PIXELS
 
 
+@pytest.mark.parametrize("size", [(1, 49_000_000), (65_536, 1), (1, 65_536)])
+def test_an_edge_that_would_make_the_resize_a_bomb_is_refused_from_the_header(size: tuple[int, int]) -> None:
+    error = failure(images.png(*size, rows=b""))
+    assert error.kind == FailureKind.BOMB_PIXELS
+    assert f"{size[0]}x{size[1]}" in str(error)
+
+
+def test_the_longest_edge_that_is_allowed_is_an_image() -> None:
+    assert decode(images.encode(Image.new("RGB", (65_535, 1), RED), "PNG")).size == (65_535, 1)
+
+
 def test_too_many_scans_are_refused_before_any_is_decoded() -> None:
     data = images.many_scans_jpeg(1000, (4000, 4000))
     started = time.process_time()

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from servers import Fault, S3Server
 
 from pipeline import fetch, storage, store
-from pipeline.errors import FailureKind, ImageError, UnavailableError
+from pipeline.errors import FailureKind, ForbiddenError, ImageError, UnavailableError
 from pipeline.storage import ObjectInfo
 
-AT_ONCE_S = 0.001
-"""A deadline after the first attempt, which is two requests: the client below the store repeats once."""
+SOON_S = 1.0
+"""A deadline that any answer meets and a stalled one does not."""
 
 
 def put(s3: S3Server, bucket: str, objects: dict[str, bytes], **options: Any) -> list[ObjectInfo]:
@@ -48,7 +48,7 @@ def test_every_way_a_read_can_fail_is_its_own_kind(s3: S3Server, bucket: str, fa
         Fault.always(400, "GET", "/refused"),
         Fault.always(503, "GET", "/unavailable"),
     ]
-    found = outcomes(bucket, infos, deadline_s=AT_ONCE_S)
+    found = outcomes(bucket, infos, deadline_s=SOON_S)
     assert kinds(found) == [
         "changed",
         "empty",
@@ -56,7 +56,7 @@ def test_every_way_a_read_can_fail_is_its_own_kind(s3: S3Server, bucket: str, fa
         "forbidden",
         b"good",
         "missing",
-        "unavailable",
+        "forbidden",
         "too_large",
         "unavailable",
     ]
@@ -152,19 +152,60 @@ def test_storage_that_answers_for_none_of_the_first_objects_is_an_outage_at_once
     infos = put(s3, bucket, {f"{number:03d}": b"a" for number in range(100)})
     empty = infos[0]._replace(key="0", size_bytes=0)  # needs no answer, so it is none
     faults.append(Fault.always(503, "GET", ""))
-    with pytest.raises(UnavailableError, match=r"none of 16 objects could be read; .*503"):
-        outcomes(bucket, [empty, *infos], deadline_s=AT_ONCE_S)
+    with pytest.raises(UnavailableError, match=r"none of 16 objects in a row"):
+        outcomes(bucket, [empty, *infos], deadline_s=SOON_S)
     assert s3.num_requests("GET", f"{bucket[5:]}/099") == 0
+
+
+def _numbered(s3: S3Server, bucket: str, kind_of: dict[range, str]) -> list[ObjectInfo]:
+    """One object for each number; its key ends with the kind whose range holds the number."""
+    names = {number: kind for numbers, kind in kind_of.items() for number in numbers}
+    return put(s3, bucket, {f"{number:03d}-{kind}": kind.encode() for number, kind in names.items()})
+
+
+def test_an_outage_that_begins_after_answers_is_an_outage_too(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    infos = _numbered(s3, bucket, {range(20): "good", range(20, 100): "silent"})
+    # Needs no answer, so it is none.
+    infos.insert(30, infos[30]._replace(key="empty", size_bytes=0))
+    faults.append(Fault.always(503, "GET", "-silent"))
+    found = fetch.fetch(storage.connect(bucket), infos, max_image_bytes=100, deadline_s=SOON_S)
+    seen: list[bytes | ImageError] = []
+    with pytest.raises(UnavailableError, match=r"none of 16 objects in a row"):
+        seen += found  # a list keeps what came before the exception
+    assert kinds(seen[:20]) == [b"good"] * 20
+    assert s3.num_requests("GET", f"{bucket[5:]}/099-silent") == 0
+
+
+def test_silence_between_answers_is_rows_and_not_an_outage(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    infos = _numbered(s3, bucket, {range(15): "silent", range(15, 16): "good", range(16, 31): "silent"})
+    faults.append(Fault.always(503, "GET", "-silent"))
+    expected = ["unavailable"] * 15 + [b"good"] + ["unavailable"] * 15
+    assert kinds(outcomes(bucket, infos, deadline_s=SOON_S)) == expected
+
+
+def test_a_role_that_is_revoked_in_the_middle_ends_the_run(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    infos = _numbered(s3, bucket, {range(10): "good", range(10, 150): "refused"})
+    infos.insert(40, infos[40]._replace(key="empty", size_bytes=0))
+    faults.append(Fault.always(403, "GET", "-refused"))
+    with pytest.raises(ForbiddenError, match=r"64 objects in a row .*access denied"):
+        outcomes(bucket, infos)
+    assert s3.num_requests("GET", f"{bucket[5:]}/149-refused") == 0
+
+
+def test_refusals_between_answers_are_rows(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    infos = _numbered(s3, bucket, {range(63): "refused", range(63, 64): "good", range(64, 127): "refused"})
+    faults.append(Fault.always(403, "GET", "-refused"))
+    assert kinds(outcomes(bucket, infos)) == ["forbidden"] * 63 + [b"good"] + ["forbidden"] * 63
 
 
 def test_storage_that_answers_for_none_of_few_objects_and_does_not_list_is_an_outage(
     s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     infos = put(s3, bucket, {"a": b"a", "b": b"b"})
-    monkeypatch.setattr(store, "DEADLINE_S", AT_ONCE_S)
+    monkeypatch.setattr(store, "DEADLINE_S", SOON_S)
     faults.append(Fault.always(503, "GET", ""))
-    with pytest.raises(UnavailableError, match=r"list .*503"):
-        outcomes(bucket, infos, deadline_s=AT_ONCE_S)
+    with pytest.raises(UnavailableError, match=r"list .*no usable answer"):
+        outcomes(bucket, infos, deadline_s=SOON_S)
 
 
 def test_a_few_objects_without_an_answer_are_rows_where_storage_still_lists(
@@ -172,7 +213,7 @@ def test_a_few_objects_without_an_answer_are_rows_where_storage_still_lists(
 ) -> None:
     infos = put(s3, bucket, {"in/a.jpg": b"a", "in/b.jpg": b"b"})
     faults.append(Fault.always(503, "GET", ".jpg"))
-    assert kinds(outcomes(bucket, infos, deadline_s=AT_ONCE_S)) == ["unavailable", "unavailable"]
+    assert kinds(outcomes(bucket, infos, deadline_s=SOON_S)) == ["unavailable", "unavailable"]
 
 
 @pytest.mark.parametrize("answer", ["found", "gone", "overwritten", "denied"])
@@ -188,7 +229,7 @@ def test_any_answer_of_storage_shows_that_there_is_no_outage(
         faults.append(Fault.always(403, "GET", "/a"))
     faults.append(Fault.always(503, "GET", "/b"))
     expected = {"found": b"a", "gone": "missing", "overwritten": "changed", "denied": "forbidden"}[answer]
-    assert kinds(outcomes(bucket, infos, deadline_s=AT_ONCE_S)) == [expected, "unavailable"]
+    assert kinds(outcomes(bucket, infos, deadline_s=SOON_S)) == [expected, "unavailable"]
 
 
 def test_no_objects_are_no_outage(tmp_path: Path) -> None:
@@ -201,4 +242,5 @@ def test_kinds_are_known_to_be_transient_or_not() -> None:
         FailureKind.CHANGED,
         FailureKind.FORBIDDEN,
         FailureKind.UNSTABLE_BYTES,
+        FailureKind.UNAVAILABLE,
     }

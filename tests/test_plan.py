@@ -22,7 +22,7 @@ from pipeline import plan, schema, storage, store
 from pipeline.errors import TRANSIENT, ConflictError, FailureKind, SourceError
 from pipeline.listing import Scope
 from pipeline.log import FileRef
-from pipeline.plan import CatalogRow, Range
+from pipeline.plan import CatalogRow, Listed, Plan, Range
 from pipeline.storage import ObjectInfo, Store
 
 WHEN = datetime(2026, 11, 22, tzinfo=UTC)
@@ -51,19 +51,23 @@ def row(key: str, etag: str | None = "e1", size_bytes: int = 10, failure_kind: s
     }
 
 
+def join(listed: Sequence[str], known: Sequence[str]) -> list[tuple[Listed | None, CatalogRow | None]]:
+    return list(plan.merge_join((Listed(info(key), True) for key in listed), map(row, known)))
+
+
 # --- the join -----------------------------------------------------------------------------------------------------
 
 
 @given(some_keys, some_keys)
 @quickly
 def test_the_join_gives_every_key_of_either_side_once_and_in_order(listed: list[str], known: list[str]) -> None:
-    joined = list(plan.merge_join(map(info, listed), map(row, known)))
-    found = [left.key if left is not None else (right or {})["key"] for left, right in joined]
+    joined = join(listed, known)
+    found = [left.info.key if left is not None else (right or {})["key"] for left, right in joined]
     assert found == sorted({*listed, *known}, key=str.encode)
-    assert [left.key for left, _ in joined if left is not None] == listed
+    assert [left.info.key for left, _ in joined if left is not None] == listed
     assert [right["key"] for _, right in joined if right is not None] == known
     for left, right in joined:
-        assert left is None or right is None or left.key == right["key"]
+        assert left is None or right is None or left.info.key == right["key"]
 
 
 @given(some_keys.filter(lambda keys: len(keys) > 1), some_keys, st.data())
@@ -78,17 +82,7 @@ def test_a_listing_out_of_order_or_with_a_page_repeated_is_refused(
     doubled = listed[: first + 1] + listed[first:]
     for wrong in (swapped, repeated, doubled):
         with pytest.raises(SourceError, match="not in order"):
-            list(plan.merge_join(map(info, wrong), map(row, known)))
-
-
-@given(some_keys, some_keys, st.integers(1, 30))
-@quickly
-def test_a_limit_ends_the_join_at_that_many_listed_objects(listed: list[str], known: list[str], limit: int) -> None:
-    whole = list(plan.merge_join(map(info, listed), map(row, known)))
-    limited = list(plan.up_to_limit(plan.merge_join(map(info, listed), map(row, known)), limit))
-    assert limited == whole[: len(limited)]
-    assert sum(left is not None for left, _ in limited) == min(limit, len(listed))
-    assert limited == whole or limited[-1][0] is not None
+            join(wrong, known)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +149,9 @@ class Place:
         urls = storage.normalize(str(self.source)), self.output.root
         return plan.plan_range(*urls, run_id, max_unit_rows=max_unit_rows, **self.options(**options))
 
-    def count(self, **options: Any) -> dict[str, int]:
-        return plan.count(storage.normalize(str(self.source)), self.output.root, **self.options(**options))
+    def preview(self, max_unit_rows: int = 1024, **options: Any) -> Plan:
+        urls = storage.normalize(str(self.source)), self.output.root
+        return plan.preview(*urls, max_unit_rows=max_unit_rows, **self.options(**options))
 
     def units(self, planned: Range) -> Iterator[tuple[str, pa.Table]]:
         for chunk in planned.chunks:
@@ -208,18 +203,19 @@ def test_every_object_is_planned_unchanged_deleted_or_filtered(
         place.remember(known, rows_per_file=rows_per_file)
         left_out = {key for key, fate in fate_of.items() if fate.startswith("left out")}
         scope = Scope(exclude=tuple(sorted(left_out)))
-        excluded = {key for key in listed if any(key == name or key.endswith(f"/{name}") for name in left_out)}
+        unmeant = {key for key in fate_of if any(key == name or key.endswith(f"/{name}") for name in left_out)}
+        excluded = unmeant & listed.keys()
         options: dict[str, Any] = {"scope": scope, "records_deletions": records_deletions}
         planned = place.plan(max_unit_rows=max_unit_rows, **options)
 
         def keys_of(*names: str) -> list[str]:
             return sorted(
-                (key for key, fate in fate_of.items() if fate in names and key not in excluded), key=str.encode
+                (key for key, fate in fate_of.items() if fate in names and key not in unmeant), key=str.encode
             )
 
         to_do = keys_of("new", "may pass", "other etag", "other size")
         known_keys = {each["key"] for each in known}
-        deleted = sorted(({*keys_of("gone")} | (excluded & known_keys)) if records_deletions else [], key=str.encode)
+        deleted = keys_of("gone") if records_deletions else []
         assert place.planned_keys(planned) == to_do
         assert place.deleted_keys(planned) == deleted
         assert planned.counts == {
@@ -228,9 +224,14 @@ def test_every_object_is_planned_unchanged_deleted_or_filtered(
             "unchanged": len(keys_of("same", "same failure")),
             "planned": len(to_do),
             "known": len(known_keys & (listed.keys() - excluded)),
+            "kept": len(known_keys - (listed.keys() - excluded)) - len(deleted),
             "deleted": len(deleted),
         }
-        assert place.count(**options) == planned.counts
+        preview = place.preview(max_unit_rows=max_unit_rows, **options)
+        assert preview.counts == planned.counts
+        assert [(chunk.unit_ids, chunk.encoded_bytes) for chunk in preview.chunks] == [
+            (chunk.unit_ids, chunk.encoded_bytes) for chunk in planned.chunks
+        ]
         for unit_id, table in place.units(planned):
             assert plan.unit_id(table) == unit_id
             assert len(table) <= max_unit_rows
@@ -381,9 +382,9 @@ def test_objects_of_some_units_are_counted(place: Place) -> None:
     assert plan.num_objects(place.output, sealed, {*ids[:17]}) == 34
 
 
-def test_counting_writes_nothing(place: Place) -> None:
+def test_a_preview_writes_nothing(place: Place) -> None:
     place.write({"a": 1})
-    assert place.count()["planned"] == 1
+    assert place.preview().counts["planned"] == 1
     assert not place.output_folder.exists()
 
 
@@ -395,8 +396,17 @@ def test_a_limit_looks_at_the_first_objects_in_scope_changed_or_not(place: Place
     place.remember([row("a", listed["a"].etag, 1), row("a2")])
     planned = place.plan(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",)))
     assert place.planned_keys(planned) == ["b", "d"]
-    assert planned.counts == {"listed": 4, "filtered": 1, "unchanged": 1, "planned": 2, "known": 1, "deleted": 0}
-    assert place.count(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",))) == planned.counts
+    assert planned.counts == {
+        "listed": 4,
+        "filtered": 1,
+        "unchanged": 1,
+        "planned": 2,
+        "known": 1,
+        "kept": 1,
+        "deleted": 0,
+    }
+    preview = place.preview(limit=3, records_deletions=False, scope=Scope(exclude=("*.txt",)))
+    assert preview.counts == planned.counts
 
 
 def test_a_run_that_does_not_record_deletions_keeps_what_it_does_not_see(place: Place) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from servers import Fault, S3Server
-from test_fetch import AT_ONCE_S, put
+from test_fetch import SOON_S, put
 
 from pipeline import plan, prepare, schema, storage, store
 from pipeline.checkpoint import PreprocessSpec
@@ -168,6 +168,16 @@ def test_a_unit_of_failures_only_and_one_without_rows(tmp_path: Path) -> None:
     assert len(prepared(str(tmp_path), [])) == 0
 
 
+def test_an_image_whose_resize_takes_more_memory_than_there_is_becomes_a_failure_row(tmp_path: Path) -> None:
+    infos = write(tmp_path, {"a.png": images.encode(images.texture(30, 20), "PNG"), "b.txt": b"text"})
+    # Pillow refuses a line of more than 2 GB as it does any other allocation that fails.
+    huge = replace(SPEC, resample=Image.Resampling.NEAREST, resize_hw_px=(24, 2**30))
+    row, other = prepared(str(tmp_path), infos, huge).to_pylist()
+    assert (row["failure_kind"], row["failure_stage"], row["pixels"]) == ("decode_oom", "decode", None)
+    assert "30x20" in row["failure_message"]
+    assert other["failure_kind"] == "not_an_image"
+
+
 # --- storage that does not answer ---------------------------------------------------------------------------------
 
 
@@ -180,28 +190,40 @@ def test_an_object_that_storage_answers_for_late_is_labeled_after_all(
     s3: S3Server, bucket: str, faults: list[Fault]
 ) -> None:
     files, infos = _three(s3, bucket)
-    faults.append(Fault(503, "GET", "/b", times=2))
-    check_rows(prepared(bucket, infos, deadline_s=AT_ONCE_S), files)
+    faults.append(Fault("stall", "GET", "/b"))
+    check_rows(prepared(bucket, infos, deadline_s=SOON_S), files)
+    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 2
 
 
 def test_an_object_that_storage_never_answers_for_is_a_row_and_not_an_outage(
     s3: S3Server, bucket: str, faults: list[Fault]
 ) -> None:
     files, infos = _three(s3, bucket)
-    faults.append(Fault.always(503, "GET", "/b"))
-    table = prepared(bucket, infos, deadline_s=AT_ONCE_S)
+    faults.append(Fault.always("stall", "GET", "/b"))
+    table = prepared(bucket, infos, deadline_s=SOON_S)
     assert table.column("failure_kind").to_pylist() == [None, "unavailable", None]
-    assert "503" in table.column("failure_message")[1].as_py()
+    assert "no usable answer" in table.column("failure_message")[1].as_py()
     for row in (0, 2):
         np.testing.assert_array_equal(pixels_of(table, row), preprocess(decode(files[infos[row].key]), SPEC))
-    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 4
+    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 2
+
+
+def test_an_outage_that_begins_near_the_end_of_a_unit_raises(
+    s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "DEADLINE_S", SOON_S)
+    _, infos = _three(s3, bucket)
+    faults += [Fault.always("stall", "GET", "/b"), Fault.always("stall", "GET", "/c")]
+    faults.append(Fault.always(503, "GET", bucket[5:]))  # the listing
+    with pytest.raises(UnavailableError, match="list"):
+        prepared(bucket, infos, deadline_s=SOON_S)
 
 
 def test_storage_that_answers_for_no_object_of_a_unit_raises(
     s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "DEADLINE_S", AT_ONCE_S)
+    monkeypatch.setattr(store, "DEADLINE_S", SOON_S)
     _, infos = _three(s3, bucket)
     faults.append(Fault.always(503, "GET", ""))
     with pytest.raises(UnavailableError, match="no usable answer"):
-        prepared(bucket, infos, deadline_s=AT_ONCE_S)
+        prepared(bucket, infos, deadline_s=SOON_S)

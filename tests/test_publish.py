@@ -34,7 +34,7 @@ CLAIM = Claim(
     metadata={"label_bucket.space_id": "deit-01234567", "label_bucket.model_id": "facebook/deit"},
     created_at="t",
 )
-COUNTS = {"listed": 1000, "filtered": 100, "unchanged": 300, "planned": 600, "known": 400, "deleted": 7}
+COUNTS = {"listed": 1000, "filtered": 100, "unchanged": 300, "planned": 600, "known": 400, "kept": 3, "deleted": 7}
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_budget_is_a_share_of_all_objects_in_scope(
 
 @pytest.mark.parametrize(("labeled", "failed"), [(600, 0), (0, 600), (590, 10)])
 def test_accounts_that_add_up_pass(labeled: int, failed: int) -> None:
-    publish.check_accounts(COUNTS, labeled, failed, CLAIM, num_in_catalog=407)
+    publish.check_accounts(COUNTS, labeled, failed, CLAIM, num_in_catalog=410)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,14 @@ def test_accounts_that_add_up_pass(labeled: int, failed: int) -> None:
 )
 def test_one_object_too_many_or_too_few_is_a_conflict(changes: dict[str, int], labeled: int, failed: int) -> None:
     with pytest.raises(ConflictError, match="do not add up, nothing was published: listed"):
-        publish.check_accounts({**COUNTS, **changes}, labeled, failed, CLAIM, num_in_catalog=407)
+        publish.check_accounts({**COUNTS, **changes}, labeled, failed, CLAIM, num_in_catalog=410)
 
 
 def test_an_object_of_the_last_catalog_that_is_neither_listed_nor_deleted_is_a_conflict() -> None:
-    with pytest.raises(ConflictError, match="the last catalog has 408 objects, of which 400 are listed and 7 deleted"):
-        publish.check_accounts(COUNTS, 600, 0, CLAIM, num_in_catalog=408)
+    with pytest.raises(
+        ConflictError, match="the last catalog has 411 objects, of which 400 are listed, 3 out of scope and 7"
+    ):
+        publish.check_accounts(COUNTS, 600, 0, CLAIM, num_in_catalog=411)
 
 
 # --- layout -------------------------------------------------------------------------------------------------------
@@ -163,10 +165,21 @@ def test_a_run_without_rows_has_no_files() -> None:
     assert list(publish._layout(CLAIM, Outcomes(parts=[]))) == []
 
 
+def test_a_run_is_either_sealed_or_abandoned_whichever_came_first(output: Store) -> None:
+    sealed, given_up = replace(CLAIM, run_id="00000007-aaaaaaaa"), replace(CLAIM, run_id="00000007-bbbbbbbb")
+    publish._seal_layout(output, sealed, Outcomes(parts=[part(0)]))
+    with pytest.raises(ConflictError, match="00000007-aaaaaaaa has begun to publish and cannot be abandoned"):
+        publish.abandon(output, sealed, "t")
+    publish.abandon(output, given_up, "t")
+    assert publish.fate(output, given_up.run_id) == "abandoned"
+    with pytest.raises(ConflictError, match="00000007-bbbbbbbb was abandoned by another command"):
+        publish._seal_layout(output, given_up, Outcomes(parts=[part(0)]))
+
+
 def test_the_first_layout_that_is_sealed_stays(output: Store) -> None:
-    assert not publish.is_sealed(output, CLAIM.run_id)
+    assert publish.fate(output, CLAIM.run_id) == "open"
     first = publish._seal_layout(output, CLAIM, Outcomes(parts=[part(0), part(1, num_failed=2)]))
-    assert publish.is_sealed(output, CLAIM.run_id)
+    assert publish.fate(output, CLAIM.run_id) == "sealed"
     assert publish._seal_layout(output, CLAIM, Outcomes(parts=[part(5)])) == first
     assert [(file.kind, file.parts) for file in first] == [
         ("labels", {"u0000": "s0000", "u0001": "s0001"}),
@@ -221,7 +234,15 @@ def test_the_night_after_a_run_finds_everything_unchanged_but_what_may_pass(
         "2/47": "missing",
     }
     tomorrow = place.plan("00000008-0123abcd")
-    assert tomorrow.counts == {"listed": 50, "filtered": 0, "unchanged": 48, "planned": 2, "known": 50, "deleted": 0}
+    assert tomorrow.counts == {
+        "listed": 50,
+        "filtered": 0,
+        "unchanged": 48,
+        "planned": 2,
+        "known": 50,
+        "kept": 0,
+        "deleted": 0,
+    }
     assert place.planned_keys(tomorrow) == ["1/01", "2/47"]
 
 

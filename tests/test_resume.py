@@ -87,6 +87,10 @@ def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_
     assert other.returncode == 0, other.stderr
     first, second = published.entries(output)
     assert first["counts"]["listed"] == 100
+    assert [(report["exit_code"], report["counts"]) for report in published.reports(output)] == [
+        (0, first["counts"]),
+        (0, second["counts"]),
+    ]
     assert (second["counts"]["unchanged"], second["counts"]["listed"]) == (100, 120)
 
 
@@ -107,6 +111,87 @@ def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abando
     assert done.returncode == 0, done.stderr
     assert [entry["kind"] for entry in published.entries(output)] == ["abandoned", "run"]
     assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
+
+
+def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as alive:
+        wait_until(lambda: alive.poll() is not None or len(published.parts(output)) > 0)
+        alive.send_signal(signal.SIGSTOP)
+        done = head.label_bucket(*options, "--limit=80", "--abandon-run")
+        assert done.returncode == 0, done.stderr
+        alive.send_signal(signal.SIGCONT)
+        _, printed = alive.communicate(timeout=120)
+    assert alive.returncode == 5, printed
+    assert "was abandoned by another command" in printed
+    assert [entry["kind"] for entry in published.entries(output)] == ["abandoned", "run"]
+    uris = published.table(output, "labels")["uri"].to_pylist()
+    assert len(uris) == len(set(uris)) == published.entries(output)[1]["counts"]["labeled"]
+
+
+def test_two_live_drivers_of_one_run_end_in_one_exact_result(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = str(tmp_path / "out")
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as first, head.start_label_bucket(*options) as second:
+        printed = [driver.communicate(timeout=240)[1] for driver in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], printed
+    rows = [*published.table(output, "labels")["uri"].to_pylist()]
+    rows += published.table(output, "failures")["uri"].to_pylist()
+    assert len(rows) == len(set(rows)) == 300
+    assert (
+        sum(entry["counts"]["labeled"] for entry in published.entries(output))
+        == published.table(output, "labels").num_rows
+    )
+
+
+def test_a_narrower_night_deletes_nothing_that_exists_and_forgets_nothing_that_is_out_of_its_scope(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        path = images / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(draw_file(4, len(name)).data)
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    (images / "a/2.png").unlink()
+    (images / "b/2.png").unlink()
+    for _ in range(2):
+        done = head.label_bucket(*options, "--include", "a/**")
+        assert done.returncode == 0, done.stderr
+    assert head.label_bucket(*options).returncode == 0
+    counts = [entry["counts"] for entry in published.entries(output)]
+    assert [(each["unchanged"], each["filtered"], each["deleted"]) for each in counts] == [
+        (0, 0, 0),
+        (1, 1, 0),  # narrower than the night before: says nothing of what is gone
+        (1, 1, 1),  # the same scope again: a/2.png is gone
+        (2, 0, 0),  # wider again: says nothing of what is gone
+    ]
+
+
+def test_a_second_night_with_other_weights_than_the_folder_had_is_a_clear_error(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    (images / "1.png").write_bytes(draw_file(4, 1).data)
+    weights = checkpoints.load_weights(Path(model))
+    folder = checkpoints.write_small(tmp_path / "model")
+    options = ("--input", str(images), "--output", output, "--model", str(folder), "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    weights.pop(next(iter(weights)))
+    checkpoints.save_weights(folder, weights)
+    before = published.keys(output)
+    broken = head.label_bucket(*options)
+    assert broken.returncode == 2, broken.stderr
+    assert "expected exactly the tensors" in broken.stderr
+    assert "Traceback" not in broken.stderr
+    assert published.keys(output) == before
 
 
 def test_a_stopped_driver_says_so_and_the_same_command_resumes(

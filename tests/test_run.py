@@ -133,7 +133,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(head: Head, pictur
     output = tmp_path / "out"
     done = head.label_bucket("--input", pictures, "--output", str(output), "--model", "demo", "--dry-run", "--limit=50")
     assert done.returncode == 0, done.stderr
-    assert "50 to label" in done.stderr
+    assert "50 to label in 1 units" in done.stderr
+    assert "GB to read" in done.stderr
     assert not output.exists()
 
 

@@ -3,8 +3,9 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,7 @@ from pipeline.errors import (
     ConfigError,
     ForbiddenError,
     SourceError,
+    UnavailableError,
     UnstableError,
 )
 from pipeline.storage import ObjectInfo, Store
@@ -381,23 +383,73 @@ def test_a_folder_without_permission_is_forbidden(tmp_path: Path) -> None:
 # --- anything else ------------------------------------------------------------------------------------------------
 
 
-def test_a_web_folder_whose_listing_has_no_sizes_can_be_read(tmp_path: Path) -> None:
-    for key in ("b.jpg", "a/c.jpg"):
-        _local_write(tmp_path, key, key.encode())
+@contextmanager
+def _web_folder(folder: Path, status_of: Mapping[str, int] | None = None) -> Iterator[str]:
+    """The URL of a web server of this folder that answers these paths by a status; by hanging up if that is 0."""
 
     class Handler(SimpleHTTPRequestHandler):
         def log_message(self, *args: Any) -> None:
             """Quiet."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        def send_head(self) -> Any:
+            status = (status_of or {}).get(self.path)
+            if status is None:
+                return super().send_head()
+            if status:
+                self.send_error(status)
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
-        store = storage.connect(f"http://127.0.0.1:{server.server_port}/")
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_web_folder_whose_listing_has_no_sizes_can_be_read(tmp_path: Path) -> None:
+    for key in ("b.jpg", "a/c.jpg"):
+        _local_write(tmp_path, key, key.encode())
+
+    with _web_folder(tmp_path) as url:
+        store = storage.connect(url)
         found = listed(store)
         assert [(info.key, info.size_bytes) for info in found] == [("a/c.jpg", 7), ("b.jpg", 5)]
         assert [store.get(info.key, listed=info) for info in found] == [b"a/c.jpg", b"b.jpg"]
-        server.shutdown()
-        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (401, ForbiddenError),
+        (403, ForbiddenError),
+        (404, AbsentError),
+        (429, UnavailableError),
+        (500, UnavailableError),
+        (503, UnavailableError),
+        (0, UnavailableError),
+    ],
+)
+def test_what_a_web_server_answers_is_what_the_error_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, expected: type[SourceError]
+) -> None:
+    monkeypatch.setattr(store, "DEADLINE_S", 0.2)
+    (tmp_path / "key").write_bytes(b"x")
+    with _web_folder(tmp_path) as url:
+        assert storage.connect(url).get("key") == b"x"
+    with _web_folder(tmp_path, {"/key": status}) as url, pytest.raises(SourceError) as caught:
+        storage.connect(url).get("key", deadline_s=0.2)
+    assert type(caught.value) is expected
+    assert "\n" not in str(caught.value)
+    if status:  # the folder lists it without a size, and a client that was hung up on says "not found"
+        with _web_folder(tmp_path, {"/key": status}) as url, pytest.raises(SourceError) as caught:
+            listed(storage.connect(url))
+        assert type(caught.value) is expected
+    with _web_folder(tmp_path, {"/": status}) as url, pytest.raises(SourceError) as caught:
+        listed(storage.connect(url))
+    assert type(caught.value) is expected
 
 
 def test_a_file_system_that_is_not_installed_is_one_clear_line() -> None:

@@ -1,18 +1,22 @@
 """What only S3 can get wrong: opaque keys, faults on the wire, lost answers, outages."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from servers import Fault, S3Server
 from test_storage import keys, listed
 
-from pipeline import storage, store
+from pipeline import storage, store, store_s3
 from pipeline.errors import AbsentError, ForbiddenError, SourceError, UnavailableError, UnstableError
 
 
@@ -195,6 +199,68 @@ def test_an_outage_ends_a_commit_and_a_listing_too(
         storage.connect(bucket).put_if_absent("key", b"x")
     with pytest.raises(UnavailableError, match="list"):
         listed(storage.connect(bucket))
+
+
+@contextmanager
+def _dripping_server() -> Iterator[str]:
+    """The URL of a server that begins every answer at once and then sends a byte of its body every 50 ms."""
+    ended = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            try:
+                while not ended.wait(0.05):
+                    connection.sendall(b"x")
+            except OSError:  # the client hung up
+                return
+
+    def accept(listening: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:  # closed
+                return
+            threads.append(threading.Thread(target=drip, args=(connection,)))
+            threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threads = [threading.Thread(target=accept, args=(listening,))]
+        threads[0].start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            ended.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda root: root.get("key", deadline_s=1),
+        lambda root: list(root.list_pages()),
+        lambda root: root.put("key", b"x"),
+        lambda root: root.put_if_absent("key", b"x"),
+    ],
+    ids=["get", "list", "put", "create"],
+)
+def test_a_server_that_drips_its_answer_is_given_up_at_the_deadline(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, ask: Callable[[storage.Store], Any]
+) -> None:
+    monkeypatch.setattr(store, "DEADLINE_S", 1)
+    with _dripping_server() as url, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        store_s3._build_s3.cache_clear()
+        try:
+            started_s = time.monotonic()
+            with pytest.raises(UnavailableError, match=r"within 1 s; last: no complete answer in time"):
+                ask(storage.connect("s3://bucket"))
+            assert time.monotonic() - started_s < 6
+        finally:
+            store_s3._build_s3.cache_clear()
 
 
 def test_more_than_one_put_can_carry_is_refused_before_any_request(bucket: str) -> None:

@@ -77,7 +77,7 @@ def _measure(num_units: int) -> None:
 
 
 def _plan(output: storage.Store, num_units: int) -> plan.Plan:
-    chunks = plan._Chunks(output, "_runs/run/plan/0000", "file:///none", 1)
+    chunks = plan._Chunks(output.put_if_absent, "_runs/run/plan/0000", "file:///none", 1)
     for number in range(num_units):
         now = datetime.now(UTC)
         chunks.add(storage.ObjectInfo(f"{number:08d}", 1, str(number), now, storage_class="GLACIER"))
