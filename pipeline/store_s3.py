@@ -164,9 +164,15 @@ class S3Store:
         """See Store."""
         what = f"put {self.root}/{key}"
         request = functools.partial(
-            self._call, what, store.DEADLINE_S, _s3()._call_s3, method="put_object", Key=self._prefix + key, Body=data
+            self._call,
+            what,
+            _upload_deadline_s(data),
+            _s3()._call_s3,
+            method="put_object",
+            Key=self._prefix + key,
+            Body=data,
         )
-        until_deadline(request, what, store.DEADLINE_S)
+        until_deadline(request, what, _upload_deadline_s(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
         """See Store. One PUT with If-None-Match; whatever error it ends in, only a read-back says what happened."""
@@ -180,7 +186,7 @@ class S3Store:
             try:
                 self._call(
                     what,
-                    store.DEADLINE_S,
+                    _upload_deadline_s(data),
                     _s3()._call_s3,
                     method="put_object",
                     Key=self._prefix + key,
@@ -196,7 +202,11 @@ class S3Store:
                     raise AgainError(f"{error}, and the object is absent") from error
             return data
 
-        return until_deadline(attempt, what, store.DEADLINE_S)
+        return until_deadline(attempt, what, _upload_deadline_s(data))
+
+
+def _upload_deadline_s(data: bytes) -> float:
+    return store.DEADLINE_S + len(data) / 2**20  # an uplink of 1 MiB/s is enough
 
 
 async def _get_object(**arguments: Any) -> tuple[bytes, str | None]:
