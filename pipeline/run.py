@@ -89,7 +89,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     )
     with _reporting(report, output):
         entry = _run(config, request, resources, claim, state, report)
-        _complete(report, entry)
+        _complete(report, entry, output)
     return report
 
 
@@ -237,17 +237,18 @@ def _settle_report(output: Store, entry: Entry) -> None:
     """Make the report of a published run say so, where its own driver died before it could."""
     report = Report.read(output, entry.run_id) or Report(run_id=entry.run_id)
     if report.exit_code != 0:
-        _complete(report, entry)
+        _complete(report, entry, output)
         report.exit_code, report.ended_at = 0, entry.committed_at
         report.write(output)
 
 
-def _complete(report: Report, entry: Entry) -> None:
+def _complete(report: Report, entry: Entry, output: Store) -> None:
     report.run_date, report.model_id, report.model_revision = entry.run_date, entry.model_id, entry.model_revision
     report.space_id, report.counts, report.failures = entry.space_id, entry.counts, entry.failures
     files = {"labels": entry.labels, "failures": entry.dead_letters, "deletions": entry.deletions}
     report.published = {kind: [asdict(file) for file in each] for kind, each in files.items()}
-    report.message = f"published run {entry.run_id}: {_counts_text(entry)}"
+    where = f"{output.root}/labels/space={entry.space_id}/"
+    report.message = f"published run {entry.run_id}: {_counts_text(entry)}; the labels are in {where}"
 
 
 def _base_of(claim: Claim, state: State) -> Entry | None:
