@@ -103,8 +103,11 @@ def read(output: Store, run_id: str) -> Plan | None:
     if data is None:
         return None
     values = json.loads(data)
-    ranges = [Range(**{**each, "chunks": [Chunk(**chunk) for chunk in each["chunks"]]}) for each in values["ranges"]]
-    return Plan(**{**values, "ranges": ranges})
+    return Plan(**{**values, "ranges": [_range(each) for each in values["ranges"]]})
+
+
+def _range(values: Mapping[str, Any]) -> Range:
+    return Range(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
 def seal(output: Store, run_id: str, ranges: Sequence[Range]) -> Plan:
@@ -142,8 +145,7 @@ def plan_range(
         chunks = _Chunks(output.put_if_absent, key_prefix, input_url, max_unit_rows)
         planned = _plan(input_url, output, scope, catalog, chunks, range_id, limit, records_deletions=records_deletions)
         standing = output.put_if_absent(range_key, json.dumps(asdict(planned)).encode())
-    values = json.loads(standing)
-    return Range(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+    return _range(json.loads(standing))
 
 
 def preview(
@@ -200,10 +202,9 @@ def _plan(
             chunks.add(found.info)
         if counts["unchanged"] + counts["planned"] == limit:
             break
-    # A limit leaves the rest of the catalog as it is.
-    counts["kept"] = (
-        sum(file.num_rows for file in catalog) - counts["known"] - counts["deleted"] if limit else counts["kept"]
-    )
+    if limit is not None:
+        # The rest of the catalog was not looked at.
+        counts["kept"] = sum(file.num_rows for file in catalog) - counts["known"] - counts["deleted"]
     chunks.close()
     return Range(range_id=range_id, chunks=chunks.units, deletions=chunks.deletions, counts=counts)
 

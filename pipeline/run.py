@@ -88,7 +88,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         started_at=_now(),
     )
     with _reporting(report, output):
-        entry = _run(config, request, resources, claim, state, report)
+        entry = _run(config, request, resources, claim, report)
         _complete(report, entry, output)
     return report
 
@@ -118,9 +118,7 @@ def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> 
 # --- the three phases ---------------------------------------------------------------------------------------------
 
 
-def _run(
-    config: Config, request: Request, resources: dataset.Resources, claim: Claim, state: State, report: Report
-) -> Entry:
+def _run(config: Config, request: Request, resources: dataset.Resources, claim: Claim, report: Report) -> Entry:
     output = request.output
     heartbeat = Heartbeat(output, claim.run_id, f"{socket.gethostname()}/{os.getpid()}")
     twin = heartbeat.other()
@@ -141,7 +139,7 @@ def _run(
         outcomes = publish.read_outcomes(output, claim, sealed)
         report.failures = dict(outcomes.failures)
         publish.check_budget(outcomes.failures, sealed.counts, config.max_failed_fraction)
-        return publish.publish(output, claim, sealed, _base_of(claim, state), outcomes, _now())
+        return publish.publish(output, claim, sealed, request.base, outcomes, _now())
 
 
 def _plan(config: Config, request: Request, claim: Claim) -> Plan:
@@ -215,7 +213,7 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
     claim = state.open_claim
     fate = "open" if claim is None else publish.fate(output, claim.run_id)
     if claim is not None and fate == "abandoned":
-        log.commit(output, log.abandoned(claim, _now()))
+        publish.abandon(output, claim, _now())
         state = log.read(output)
     elif claim is not None and fate == "sealed":
         start_engine()
@@ -227,7 +225,7 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
             )
         with _engine_errors():
             outcomes = publish.read_outcomes(output, claim, sealed)
-            entry = publish.publish(output, claim, sealed, _base_of(claim, state), outcomes, _now())
+            entry = publish.publish(output, claim, sealed, state.newest(claim.identity["space_id"]), outcomes, _now())
         _log.info("published run %s: %s", entry.run_id, _counts_text(entry))
         state = log.read(output)
     return state
@@ -249,13 +247,6 @@ def _complete(report: Report, entry: Entry, output: Store) -> None:
     report.published = {kind: [asdict(file) for file in each] for kind, each in files.items()}
     where = f"{output.root}/labels/space={entry.space_id}/"
     report.message = f"published run {entry.run_id}: {_counts_text(entry)}; the labels are in {where}"
-
-
-def _base_of(claim: Claim, state: State) -> Entry | None:
-    earlier = [
-        each for each in state.runs if each.run_seq < claim.run_seq and each.space_id == claim.identity["space_id"]
-    ]
-    return earlier[-1] if earlier else None
 
 
 # --- what the operator sees ---------------------------------------------------------------------------------------

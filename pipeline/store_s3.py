@@ -163,16 +163,18 @@ class S3Store:
     def put(self, key: str, data: bytes) -> None:
         """See Store."""
         what = f"put {self.root}/{key}"
-        request = functools.partial(
-            self._call,
+        until_deadline(functools.partial(self._put, what, key, data), what, _upload_deadline_s(data))
+
+    def _put(self, what: str, key: str, data: bytes, **conditions: str) -> None:
+        self._call(
             what,
             _upload_deadline_s(data),
             _s3()._call_s3,
             method="put_object",
             Key=self._prefix + key,
             Body=data,
+            **conditions,
         )
-        until_deadline(request, what, _upload_deadline_s(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
         """See Store. One PUT with If-None-Match; whatever error it ends in, only a read-back says what happened."""
@@ -184,15 +186,7 @@ class S3Store:
 
         def attempt() -> bytes:
             try:
-                self._call(
-                    what,
-                    _upload_deadline_s(data),
-                    _s3()._call_s3,
-                    method="put_object",
-                    Key=self._prefix + key,
-                    Body=data,
-                    IfNoneMatch="*",
-                )
+                self._put(what, key, data, IfNoneMatch="*")
             except (AgainError, _PreconditionError) as error:
                 # A lost answer, a 409 and a twin that won all look alike, and 412 is also the answer to our own
                 # write when its first answer was lost.
