@@ -1,7 +1,8 @@
 """How the driver's memory depends on the number of units: units of no-op work through the real pipeline.
 
 Every unit is one archived object: nothing is fetched, decoded or put through the model, and one part is committed. So
-what is left is the engine, the protocol and the driver. Prints a line per count of units.
+what is left is the engine, the protocol and the driver. Prints the memory every 5000 units, and a last line per count
+of units, also if it is stopped by SIGTERM. `now` must stay where it is after the first few waves.
 
     python tests/benchmarks/driver_memory.py --num-units 1000 --num-units 100000
 """
@@ -9,12 +10,16 @@ what is left is the engine, the protocol and the driver. Prints a line per count
 import argparse
 import logging
 import multiprocessing
+import os
 import resource
+import signal
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,15 +30,26 @@ from pipeline import checkpoint, dataset, decode, plan, storage
 from pipeline.preprocess import spec_from_config
 from pipeline.progress import Progress
 
+EVERY_UNITS = 5000
+
 
 def main() -> None:
     """Measure each count in a driver of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-units", type=int, action="append", required=True, help="may be repeated")
+    processes: list[BaseProcess] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if processes and processes[-1].is_alive():
+            processes[-1].terminate()
+            processes[-1].join()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     for num_units in parser.parse_args().num_units:
-        process = multiprocessing.get_context("spawn").Process(target=_measure, args=(num_units,))
-        process.start()
-        process.join()
+        processes.append(multiprocessing.get_context("spawn").Process(target=_measure, args=(num_units,)))
+        processes[-1].start()
+        processes[-1].join()
 
 
 def _measure(num_units: int) -> None:
@@ -59,20 +75,22 @@ def _measure(num_units: int) -> None:
             batch_size=1,
         )
         ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-        before_mb, started_s = _peak_mb(), time.monotonic()
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # after ray.init, which sets its own
+        before_mb, started_s = _now_mb(), time.monotonic()
         progress = Progress(num_units)
         work = (dataset.Work(unit_id, chunk.key) for chunk in sealed.chunks for unit_id in chunk.unit_ids)
-        for unit in dataset.label_units(task, dataset.resolve_resources("cpu", 1), work):
-            progress.add(unit)
-            if progress.num_done % 5000 == 0:
-                elapsed_s = time.monotonic() - started_s
-                print(f"  {progress.num_done} units, {elapsed_s:.0f} s, peak RSS {_peak_mb():.0f} MB", flush=True)
-        wall_s = time.monotonic() - started_s
-        print(
-            f"{num_units} units: driver's peak RSS {_peak_mb():.0f} MB ({before_mb:.0f} MB before the first),"
-            f" {num_units / wall_s:.1f} units/s",
-            flush=True,
-        )
+        try:
+            for unit in dataset.label_units(task, dataset.resolve_resources("cpu", 1), work):
+                progress.add(unit)
+                if progress.num_done % EVERY_UNITS == 0:
+                    print(f"  {progress.num_done} units, {time.monotonic() - started_s:.0f} s, {_memory()}", flush=True)
+        finally:
+            wall_s = time.monotonic() - started_s
+            print(
+                f"{progress.num_done} of {num_units} units: driver's RSS {_memory()} ({before_mb:.0f} MB before the"
+                f" first), {progress.num_done / wall_s:.1f} units/s",
+                flush=True,
+            )
         ray.shutdown()
 
 
@@ -85,8 +103,13 @@ def _plan(output: storage.Store, num_units: int) -> plan.Plan:
     return plan.seal(output, "run", [plan.Range(range_id="0000", chunks=chunks.units, deletions=[], counts={})])
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _memory() -> str:
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return f"{_now_mb():.0f} MB now, {peak_mb:.0f} MB at its peak"
+
+
+def _now_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":
