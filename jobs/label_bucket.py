@@ -53,10 +53,11 @@ def _start_ray() -> None:
             log_to_driver=False,
             include_dashboard=False if is_own else None,
         )
-    # What the engine says stays in its log folder; on the console only this job speaks.
+    # What the engine says stays in its log folder; on the console only this job speaks. Also where a run ends with an
+    # error of ours: the engine prints 100 lines of its own stack and asks to open an issue with its project.
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)
     # After ray.init, which installs its own handler. `ray job stop` sends SIGTERM, and SIGKILL three seconds later.
     signal.signal(signal.SIGTERM, _stop)
 

@@ -11,7 +11,7 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -21,10 +21,10 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
-from pipeline import parts, plan, storage
+from pipeline import canary, parts, plan, storage
 from pipeline.checkpoint import Pooling, PreprocessSpec
 from pipeline.decode import DecodeLimits
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, LabelBucketError
 from pipeline.label import Device, Labeler
 from pipeline.prepare import prepare_unit
 
@@ -62,6 +62,8 @@ class Task:
     top_k: int
     precision: Literal["auto", "fp32", "bf16"]
     batch_size: int | None
+    canaries: canary.Vectors | None = field(default=None, compare=False)
+    """What the canary images must look like to every actor; None in a space's first run, until its own are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +129,39 @@ def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | 
     return Resources(device=chosen, num_actors=num_actors or most, cluster_cpus=cpus, cluster_gpus=gpus)
 
 
-def check_model(task: Task, device: Device) -> None:
-    """Build the model once where actors will run, because what an actor's constructor raises reaches nobody.
+def check_model(task: Task, device: Device) -> canary.Vectors:
+    """Build the model once where actors will run, before any of them starts; the vectors of the canary images.
 
-    Raises ConfigError for weights that are not its architecture's, other weights than expected, or a missing device.
+    Raises ConfigError for weights that are not its architecture's, other weights than expected, a missing device or
+    vectors that are not finite; ConflictError if they are not those of `task.canaries`.
     """
-    ray.get(_check_model.options(num_cpus=0.5, num_gpus=1 if device == "cuda" else 0).remote(task, device))
+    options = {"num_cpus": 0.5, "num_gpus": 1 if device == "cuda" else 0}
+    vectors: canary.Vectors = ray.get(_check_model.options(**options).remote(task, device))
+    return vectors
 
 
 @ray.remote
-def _check_model(task: Task, device: Device) -> None:
-    _Label(task, device)
+def _check_model(task: Task, device: Device) -> canary.Vectors:
+    return _checked_labeler(task, device)[1]
+
+
+def _checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vectors]:
+    """The model, and what it makes of the canary images, which is what it must if the task knows that."""
+    labeler = Labeler(
+        model=task.model,
+        revision=task.model_revision,
+        weights_digest=task.weights_digest,
+        spec=task.spec,
+        pooling=task.pooling,
+        top_k=task.top_k,
+        device=device,
+        precision=task.precision,
+        batch_size=task.batch_size,
+    )
+    vectors = labeler.canary_vectors()
+    if task.canaries is not None:
+        canary.check(vectors, task.canaries)
+    return labeler, vectors
 
 
 def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
@@ -155,6 +179,8 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
     context.execution_options.preserve_order = False
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    # Or the engine raises its own exception in the worker, and ours, its cause, is lost on the way to the driver.
+    context.raise_original_map_exception = True
     return (
         # Not from_arrow with a table per unit: it runs a task per table for its metadata, 50 kB and 2.6 ms per unit.
         ray.data.from_items([each._asdict() for each in work], override_num_blocks=len(work))
@@ -195,23 +221,23 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
 
 
 class _Label:
-    """The actor: `Labeler` with a clock."""
+    """The actor: `Labeler` with a clock.
+
+    The engine starts an actor anew whose constructor raises, and nobody sees why: so it keeps what is wrong with its
+    node, and the first unit that it is given says it.
+    """
 
     def __init__(self, task: Task, device: Device) -> None:
-        self._labeler = Labeler(
-            model=task.model,
-            revision=task.model_revision,
-            weights_digest=task.weights_digest,
-            spec=task.spec,
-            pooling=task.pooling,
-            top_k=task.top_k,
-            device=device,
-            precision=task.precision,
-            batch_size=task.batch_size,
-        )
+        self._labeler: Labeler | LabelBucketError
+        try:
+            self._labeler, _ = _checked_labeler(task, device)
+        except LabelBucketError as error:
+            self._labeler = error
         self._idle_since_s = time.perf_counter()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
+        if isinstance(self._labeler, LabelBucketError):
+            raise self._labeler
         started_s = time.perf_counter()
         table, facts = unpack_unit(packed)
         labeled = self._labeler(table)

@@ -4,6 +4,7 @@ A module apart from `model`, because the driver and Ray's task machinery import 
 pay for torch: the import happens in the actor's constructor.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import checkpoint, schema
+from pipeline import canary, checkpoint, schema
 from pipeline.errors import ConfigError, FailureKind
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Labeler:
             found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
         )
         self._predict = torch_model.predict
+        self._model, self._spec = model, spec
         self._label_names = np.array(found.label_names, dtype=object)
         self._top_k = top_k
         self._embedding_dim = None if pooling == "none" else found.embedding_dim
@@ -93,15 +95,31 @@ class Labeler:
         results = _Results(len(table), self._top_k, self._embedding_dim)
         for start in range(0, len(rows), len(self._batch_BHWC)):
             batch_rows = rows[start : start + len(self._batch_BHWC)]
-            for position, row in enumerate(batch_rows):
-                image = pixels[row]
-                if image is None:
-                    raise ValueError(
-                        f"{table['uri'][row]}: expected a failure or a model input's pixels, found neither"
-                    )
-                self._batch_BHWC[position] = image
-            results.put(batch_rows, self._predict(self._classifier, self._batch_BHWC, top_k=self._top_k))
+            images = [image for row in batch_rows if (image := pixels[row]) is not None]
+            if len(images) != len(batch_rows):
+                uri = next(table["uri"][row] for row in batch_rows if pixels[row] is None)
+                raise ValueError(f"{uri}: expected a failure or a model input's pixels, found neither")
+            results.put(batch_rows, self._predict_padded(images, top_k=self._top_k))
         return self._to_table(table, results)
+
+    def canary_vectors(self) -> canary.Vectors:
+        """The vectors of the canary images, through the codecs, the resize and the model that units go through.
+
+        The embedding; without one (pooling `none`) the centred logits. Raises ConfigError if a vector is not finite.
+        """
+        images, vectors = canary.pixels(self._spec), []
+        for start in range(0, len(images), len(self._batch_BHWC)):
+            batch = images[start : start + len(self._batch_BHWC)]
+            found = self._predict_padded(batch, top_k=len(self._label_names))
+            vectors.append(canary.vectors_of(found.label_ids_Bk, found.scores_Bk, found.embedding_BD)[: len(batch)])
+        canary.check_lengths(np.concatenate(vectors), self._model)
+        return np.concatenate(vectors)
+
+    def _predict_padded(self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int) -> "Prediction":
+        """One micro-batch, of which the first `len(images)` rows count."""
+        for position, image in enumerate(images):
+            self._batch_BHWC[position] = image
+        return self._predict(self._classifier, self._batch_BHWC, top_k=top_k)
 
     def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
         nonfinite = pa.array(results.is_nonfinite)

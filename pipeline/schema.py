@@ -149,6 +149,17 @@ CATALOG = pa.schema(
 )
 
 
+def canaries(dim: int) -> pa.Schema:
+    """Schema of the vectors by which actors check themselves: one row per canary image, by name."""
+    return pa.schema(
+        [
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("sha256", pa.string(), nullable=False),  # of the image's file
+            pa.field("vector", embedding_type(dim), nullable=False),
+        ]
+    )
+
+
 def image_id(uri: str) -> int:
     """Positive 63-bit id of an image: the same in every run and for every model.
 

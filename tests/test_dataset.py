@@ -11,9 +11,9 @@ import pytest
 import ray
 from cluster import Head
 
-from pipeline import checkpoint, dataset, decode, parts, plan, schema, storage
+from pipeline import canary, checkpoint, dataset, decode, parts, plan, run, schema, storage
 from pipeline.draw import draw_file
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.listing import Scope
 from pipeline.preprocess import spec_from_config
 
@@ -119,14 +119,34 @@ def test_a_gpu_that_the_cluster_does_not_have_is_refused(driver: Head) -> None:
     assert dataset.resolve_resources("auto", None).device == "cpu"
 
 
-def test_the_actor_refuses_a_device_that_its_node_does_not_have(
+def test_an_actor_whose_node_lacks_the_device_says_so_with_its_first_unit(
     driver: Head, planned: tuple[dataset.Task, plan.Plan]
 ) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
     task, _ = planned
+    actor = dataset._Label(task, "cuda")
     with pytest.raises(ConfigError, match="expected a CUDA device in this actor"):
-        dataset._Label(task, "cuda")
+        actor(dataset.pack_unit(schema.DECODED.empty_table(), {"unit_id": "u"}))
+
+
+def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
+    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+) -> None:
+    task, sealed = planned
+    vectors = dataset.check_model(task, "cpu")
+    assert vectors.shape == (canary.NUM_CANARIES, 24)
+    rescaled = replace(task, spec=replace(task.spec, rescale_factor=1 / 127.5), canaries=vectors)
+    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), run._engine_errors():
+        dataset.check_model(rescaled, "cpu")
+    # The same from the actors themselves, as from a node that is not the one that check_model ran on.
+    resources = replace(dataset.resolve_resources("auto", None), num_actors=2)
+    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), run._engine_errors():
+        list(dataset.label_units(rescaled, resources, _work(sealed)))
+    written = storage.list_keys(storage.connect(task.output_url), "_runs/run/")
+    assert [key for key in written if "/parts/" in key] == []
+    unchanged = replace(task, canaries=dataset.check_model(replace(task, canaries=vectors), "cpu"))
+    assert sum(unit.num_rows for unit in dataset.label_units(unchanged, resources, _work(sealed))) == 320
 
 
 def test_a_packed_unit_is_the_same_rows_and_shares_their_pixels() -> None:
