@@ -9,19 +9,23 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from pipeline import schema, storage
 from pipeline.dataset import UnitSummary
+from pipeline.drift import MIN_IMAGES, Profile, compare
 from pipeline.errors import SourceError
 from pipeline.storage import Store
 
 LOG_INTERVAL_S = 10.0
+MAX_REPORTS_READ = 20
+"""How many runs back a night to compare with is looked for: small nights, and those whose driver died, have none."""
 
 _log = logging.getLogger(__name__)
 
@@ -124,9 +128,26 @@ class Report:
     images_per_s: float = 0.0
     """While labeling, in this attempt."""
     published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    profile: dict[str, Any] | None = None
+    """What tonight's labeled images look like, see `drift.Profile`; None until they are published."""
+    drift: dict[str, Any] | None = None
+    """Tonight against the last run of this space that is large enough, see `drift.Drift`; None if there is none."""
     versions: dict[str, str] = field(default_factory=dict)
     started_at: str = ""
     ended_at: str = ""
+
+    def add_profile(self, output: Store, tonight: Profile, earlier_run_ids: Iterable[str]) -> list[str]:
+        """Put `profile` and `drift` into this report; the lines to warn with, none in an ordinary night.
+
+        `earlier_run_ids` are published runs of the same space, newest first.
+        """
+        self.profile = tonight.to_json()
+        last = _last_profile(output, earlier_run_ids)
+        if last is None:
+            return []
+        found = compare(tonight, last[1], last_run_id=last[0])
+        self.drift = found.to_json()
+        return found.warnings()
 
     def write(self, output: Store) -> None:
         """Overwrite the report of this run."""
@@ -138,6 +159,19 @@ class Report:
         """The report of a run, or None if it has none."""
         data = storage.get_or_none(output, f"_runs/{run_id}/report.json")
         return None if data is None else cls(**json.loads(data))
+
+
+def _last_profile(output: Store, run_ids: Iterable[str]) -> tuple[str, Profile] | None:
+    """The first of these runs that has a profile worth comparing with. A report that cannot be read is one without."""
+    for run_id in islice(run_ids, MAX_REPORTS_READ):
+        try:
+            data = storage.get_or_none(output, f"_runs/{run_id}/report.json")
+            profile = Profile.from_json(json.loads(data or b"{}")["profile"])
+        except (ValueError, KeyError, TypeError, SourceError):
+            continue
+        if profile.num_images >= MIN_IMAGES:
+            return run_id, profile
+    return None
 
 
 class Heartbeat:

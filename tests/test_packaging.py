@@ -52,6 +52,7 @@ ORDER = (
         "model",
         "label",
         "parts",
+        "drift",
         "publish",
     ),
     *("dataset", "progress", "request", "run"),
