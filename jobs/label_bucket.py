@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,6 +32,7 @@ def main() -> int:
         print(f"label_bucket: exit code {error.exit_code}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(f"label_bucket: exit code {STOPPED}: stopped; the same command resumes", file=sys.stderr)
         return STOPPED
 
@@ -62,7 +62,15 @@ def _start_ray() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
-def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    # An exception that is raised while a destructor runs is swallowed, so it is raised again until it has arrived.
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    handled = sys.exception()
+    while handled is not None:
+        if isinstance(handled, KeyboardInterrupt):
+            return
+        handled = handled.__context__
     raise KeyboardInterrupt
 
 

@@ -170,15 +170,13 @@ def _digests(images: Sequence[Canary]) -> list[str]:
 
 def _encode(vectors: Vectors, space_id: str) -> bytes:
     images = canaries()
-    wanted = schema.with_metadata(schema.canaries(vectors.shape[1]), {_SPACE_ID: space_id})
+    wanted = schema.canaries(vectors.shape[1])
     columns = [
         pa.array([each.name for each in images]),
         pa.array(_digests(images)),
         pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), type=wanted.field("vector").type),
     ]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=wanted), sink, compression="zstd")
-    return sink.getvalue()
+    return schema.encode(pa.table(columns, schema=wanted), {_SPACE_ID: space_id})
 
 
 def _decode(data: bytes, space_id: str, where: str) -> Vectors:

@@ -59,6 +59,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
     "what is written": {"output": "URL", "top_k": "LABELS", "embedding": None, "run_date": "YYYY-MM-DD"},
     "with which means": {"device": None, "precision": None, "batch_size": "IMAGES", "gpu_actors": "ACTORS"},
     "what an image may cost": {"max_image_bytes": "BYTES", "max_image_px": "PIXELS", "object_deadline_s": "SECONDS"},
+    "every night": {"retry_failed": None, "full": None, "allow_empty": None},
     "the run": {
         "max_failed_fraction": "SHARE",
         "dry_run": None,
@@ -201,6 +202,13 @@ class Config(BaseSettings):
     object_deadline_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """Time for one object, retries included; after it, the failure is unavailable and the next night tries again."""
 
+    retry_failed: bool = False
+    """Try all objects again that have no label, also those whose failure is not expected to pass by itself."""
+    full: bool = False
+    """Label every object anew, changed or not."""
+    allow_empty: bool = False
+    """Go on where every object that was known is gone, and record that: otherwise an empty listing ends the run."""
+
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of all images in scope that may fail, 0 to 1; above it nothing is published, and a larger one continues."""
     dry_run: bool = False
@@ -243,22 +251,10 @@ class Config(BaseSettings):
         """Only what the caller gives: `load_config` alone reads the other sources."""
         return (init_settings,)
 
-    def identity(self) -> dict[str, Any]:
-        """The fields that say which rows a run must produce, as JSON values: they go into the run's identity.
-
-        Same identity, same run: a command that differs only in the others (model and revision, which the space
-        covers, and budgets, limits per image, device, actors, log level, date) resumes it. The order of globs and
-        their repetition mean nothing.
-        """
-        return {
-            "input": self.input,
-            "include": sorted(set(self.include)),
-            "exclude": sorted(set(self.exclude)),
-            "limit": self.limit,
-            "top_k": self.top_k,
-            "embedding": self.embedding,
-            "preprocess": self.preprocess,
-        }
+    @property
+    def relabel(self) -> Literal["changed", "failed", "all"]:
+        """Which of the objects that have an outcome are labeled again."""
+        return "all" if self.full else "failed" if self.retry_failed else "changed"
 
 
 def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Config:

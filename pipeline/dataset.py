@@ -41,6 +41,7 @@ NO_PROGRESS_TIMEOUT_S = 1800
 class Work(NamedTuple):
     """One unit to do, and the file of the plan that holds its objects."""
 
+    range_id: str
     unit_id: str
     chunk_key: str
 
@@ -100,6 +101,7 @@ COMMIT_CPUS = 0.05
 class UnitSummary(NamedTuple):
     """What became of one unit, and the seconds its stages took."""
 
+    range_id: str
     unit_id: str
     num_rows: int
     failures: dict[str, int]
@@ -217,7 +219,8 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     source = storage.connect(task.input_url)
     table, decode_s = prepare_unit(source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s)
     prepare_s = time.perf_counter() - started_s
-    return pack_unit(table, {"unit_id": row["unit_id"], "prepare_s": prepare_s, "decode_s": decode_s})
+    facts = {"range_id": row["range_id"], "unit_id": row["unit_id"], "prepare_s": prepare_s, "decode_s": decode_s}
+    return pack_unit(table, facts)
 
 
 class _Label:
@@ -249,7 +252,8 @@ class _Label:
 
 def _commit(task: Task, packed: pa.Table) -> pa.Table:
     table, facts = unpack_unit(packed)
-    part = parts.write_part(storage.connect(task.output_url), task.run_id, facts["unit_id"], table)
+    output = storage.connect(task.output_url)
+    part = parts.write_part(output, task.run_id, facts["range_id"], facts["unit_id"], table)
     return pa.Table.from_pylist([{**facts, "num_rows": part.num_rows, "failures": json.dumps(part.failures)}])
 
 

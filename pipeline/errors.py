@@ -6,7 +6,7 @@
     │   ├── AbsentError         no such object, folder or bucket
     │   ├── ForbiddenError      this identity may not do that
     │   ├── ChangedError        the object is not the one that was listed
-    │   ├── UnstableError       the bytes do not match their listed length or MD5, also when read again
+    │   ├── UnstableError       bytes or listings contradict themselves, also when read again
     │   └── UnavailableError    no usable answer until the deadline: run the same command again, it resumes
     ├── BudgetError        4    too many images failed: look at them, or raise --max-failed-fraction and run again
     └── ConflictError      5    another run, another schema, or sums that do not add up: nothing was published
@@ -53,7 +53,9 @@ class ChangedError(SourceError):
 
 
 class UnstableError(SourceError):
-    """The bytes that arrive do not match the listed length or the MD5 in the etag, also when read again."""
+    """What arrives contradicts itself, also when read again: bytes their listed length or the MD5 in the etag, a
+    listing its order or a second look at it.
+    """
 
 
 class UnavailableError(SourceError):

@@ -8,6 +8,7 @@ means `run_seq`, never a date.
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +28,10 @@ class FileRef:
     num_rows: int
     size_bytes: int
     sha256: str
+    first_key: str = ""
+    """Least object key of its rows, relative to the input; rows are sorted by it. Empty for files without rows."""
+    last_key: str = ""
+    """Greatest object key of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,9 @@ class Entry:
     """A commit: what one run added, file by file."""
 
     schema_version: int = schema.SCHEMA_VERSION
-    kind: Literal["run", "abandoned"]
+    kind: Literal["run", "abandoned", "snapshot", "retired"]
+    """run: labels were published. abandoned: a run was given up. snapshot: the current view was written anew. retired:
+    files that a snapshot replaced are no longer named, and may be removed."""
     run_id: str
     run_seq: int
     identity: dict[str, Any]
@@ -67,8 +74,14 @@ class Entry:
     labels: list[FileRef] = field(default_factory=list)
     dead_letters: list[FileRef] = field(default_factory=list)
     deletions: list[FileRef] = field(default_factory=list)
-    catalog: list[FileRef] = field(default_factory=list)
-    """All files of the space's catalog after this run, sorted by key."""
+    catalog: FileRef | None = None
+    """The space's catalog after this run: a file that lists its files, see `catalog`."""
+    canaries: FileRef | None = None
+    """The vectors by which the actors of this space check themselves, see `canary`."""
+    through_seq: int = 0
+    """Of a snapshot: its `labels` are the current view of its space after this place in the log."""
+    retires: list[int] = field(default_factory=list)
+    """Places of the runs and snapshots whose label files are no longer named, because a snapshot holds their rows."""
     committed_at: str
 
     @property
@@ -108,15 +121,15 @@ def read(store: Store) -> State:
     """The state of an output. Raises ConflictError for a log with a hole, a damaged entry or a newer schema."""
     commits: dict[int, Entry] = {}
     claims: dict[int, Claim] = {}
-    for key in storage.list_keys(store, "_log/"):
-        match = _NAME.fullmatch(key)
-        if match is None:
-            continue
-        seq = int(match[1])
-        if match[2]:
-            claims[seq] = _parse(Claim, store.get(key), f"{store.root}/{key}")
-        else:
-            commits[seq] = _parse(Entry, store.get(key), f"{store.root}/{key}")
+    keys = [key for key in storage.list_keys(store, "_log/") if _NAME.fullmatch(key)]
+    with ThreadPoolExecutor(16) as pool:  # two small files a night, and years of nights
+        for key, data in zip(keys, pool.map(store.get, keys), strict=True):
+            match = _NAME.fullmatch(key)
+            assert match is not None
+            if match[2]:
+                claims[int(match[1])] = _parse(Claim, data, f"{store.root}/{key}")
+            else:
+                commits[int(match[1])] = _parse(Entry, data, f"{store.root}/{key}")
     newest = max(commits, default=0)
     missing = [seq for seq in range(1, newest + 1) if seq not in commits or seq not in claims]
     unexpected = [seq for seq in claims if seq > newest + 1]
@@ -126,6 +139,25 @@ def read(store: Store) -> State:
             f" {(missing or unexpected)[0]:08d}; restore that file before running anything on this output"
         )
     return State(entries=[commits[seq] for seq in sorted(commits)], open_claim=claims.get(newest + 1))
+
+
+def check_files(store: Store, entry: Entry) -> None:
+    """Raise ConflictError, naming one, if files that this commit published are gone or have another size.
+
+    One LIST per folder: a night must not build on a table that somebody has cut.
+    """
+    named = {file.key: file for files in (entry.labels, entry.dead_letters, entry.deletions) for file in files}
+    sizes: dict[str, int] = {}
+    for folder in sorted({key.rpartition("/")[0] for key in named}):
+        for page in store.list_pages(f"{folder}/"):
+            sizes |= {info.key: info.size_bytes for info in page}
+    for key, file in named.items():
+        if sizes.get(key) != file.size_bytes:
+            found = f"{sizes[key]} bytes" if key in sizes else "nothing"
+            raise ConflictError(
+                f"{store.root}/{key}: expected the {file.size_bytes} bytes that run {entry.run_id} published, found"
+                f" {found}; restore the file"
+            )
 
 
 def claim(
@@ -203,17 +235,23 @@ def _parse(kind: type[_R], data: bytes, where: str) -> _R:
     try:
         values = json.loads(data)
         version = values["schema_version"]
-        if version <= schema.SCHEMA_VERSION:
-            for name in ("labels", "dead_letters", "deletions", "catalog"):
+        if not isinstance(version, int):
+            raise TypeError(f"schema_version {version!r}")
+        if version == schema.SCHEMA_VERSION:
+            for name in ("labels", "dead_letters", "deletions"):
                 if name in values:
                     values[name] = [FileRef(**each) for each in values[name]]
+            for name in ("catalog", "canaries"):
+                if values.get(name) is not None:
+                    values[name] = FileRef(**values[name])
             return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
     except (ValueError, KeyError, TypeError) as error:
         raise ConflictError(
             f"{where}: expected the log's {kind.__name__.lower()}, found {storage.describe(error)}"
         ) from error
     raise ConflictError(
-        f"{where}: written with schema version {version}, this program knows {schema.SCHEMA_VERSION}; use a newer one"
+        f"{where}: expected schema version {schema.SCHEMA_VERSION}, found {version}; use the version of this program"
+        " that wrote it, or another --output"
     )
 
 

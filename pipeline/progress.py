@@ -21,6 +21,7 @@ from pipeline import schema, storage
 from pipeline.dataset import UnitSummary
 from pipeline.drift import MIN_IMAGES, Profile, compare
 from pipeline.errors import SourceError
+from pipeline.plan import Range
 from pipeline.storage import Store
 
 LOG_INTERVAL_S = 10.0
@@ -31,26 +32,33 @@ _log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts units as they are committed and shows it. `num_done_before` images have parts from an earlier attempt."""
+    """Counts units as they are committed and shows it."""
 
     def __init__(
         self,
         num_images: int,
-        num_done_before: int = 0,
         *,
         stream: TextIO = sys.stderr,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_images = num_images
-        self.num_done = num_done_before
+        self.num_done = 0
         self.failures: Counter[str] = Counter()
         self.stage_s: Counter[str] = Counter()
-        self._num_done_before = num_done_before
+        self._num_skipped = 0
         self._clock_s = clock_s
         self._started_s = self._next_line_s = clock_s()
         self._bar: Any = None
         if stream.isatty():
-            self._bar = tqdm(total=num_images, initial=num_done_before, unit="img", file=stream, dynamic_ncols=True)
+            self._bar = tqdm(total=num_images, unit="img", file=stream, dynamic_ncols=True)
+
+    def skip(self, num_images: int) -> None:
+        """Count images whose unit was committed by an earlier attempt."""
+        self.num_done += num_images
+        self._num_skipped += num_images
+        if self._bar is not None:
+            self._bar.initial += num_images
+            self._bar.update(num_images)
 
     def add(self, unit: UnitSummary) -> None:
         """Count one committed unit, and show the state if it is time to."""
@@ -73,7 +81,7 @@ class Progress:
     @property
     def images_per_s(self) -> float:
         """Images of this attempt per second since it began to label."""
-        return (self.num_done - self._num_done_before) / max(self._clock_s() - self._started_s, 1e-9)
+        return (self.num_done - self._num_skipped) / max(self._clock_s() - self._started_s, 1e-9)
 
     def line(self) -> str:
         """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
@@ -101,6 +109,27 @@ class Progress:
             return "0 failed"
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.failures.most_common())
         return f"{self.failures.total():,} failed ({kinds})"
+
+
+class PlanningMeter:
+    """Says how far planning is, a line per interval."""
+
+    def __init__(self, num_ranges: int, *, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._num_ranges, self._num_planned, self._num_listed = num_ranges, 0, 0
+        self._clock_s = clock_s
+        self._next_line_s = clock_s() + LOG_INTERVAL_S
+
+    def add(self, planned: Range) -> Range:
+        """Count one planned range, and give it back."""
+        self._num_planned += 1
+        self._num_listed += planned.counts["listed"]
+        if self._clock_s() >= self._next_line_s:
+            self._next_line_s = self._clock_s() + LOG_INTERVAL_S
+            _log.info(
+                "planning: %s of %s ranges, %s objects listed",
+                *(f"{number:,}" for number in (self._num_planned, self._num_ranges, self._num_listed)),
+            )
+        return planned
 
 
 @dataclass(kw_only=True)

@@ -1,133 +1,110 @@
-"""Staged parts -> partitioned Parquet, catalog files, one log entry; rolls forward from any crash.
+"""Outcomes -> partitioned Parquet, catalog files, one log entry; rolls forward from any crash.
 
-    parts read and checked  what every part holds, with its digest                           (Ray tasks)
-    publish.json            which file is made of which units, put_if_absent: from here on anybody can finish the run
-    labels/ failures/ deletions/ _catalog/   files with names and borders known beforehand   (Ray tasks)
+    publish.json            put_if_absent: the sums of every range, and which ranges make files together: from here on
+                            anybody can finish the run
+    publish/<kind>-<group>.json              put_if_absent: which file is made of which units            (Ray tasks)
+    labels/ failures/ deletions/ _catalog/   files with names and borders known beforehand               (Ray tasks)
     _log/<seq>.json         the commit
 
 A module of its own because it is the only one that writes where readers look. It needs the claim, the plan and the
-parts, and no model: a run of anything on this output can finish it.
+parts, and no model: a run of anything on this output can finish it. The driver holds a record per range and per file.
 """
 
-import hashlib
-import io
+import functools
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from pipeline import parts, plan, schema, storage
-from pipeline.errors import TRANSIENT, BudgetError, ConflictError, FailureKind
+from pipeline import canary, catalog, drift, files, outcomes, parts, plan, schema, storage
+from pipeline.catalog import KeyRange
+from pipeline.errors import ConflictError
 from pipeline.faults import crash_point
 from pipeline.log import Claim, Entry, FileRef, abandoned, commit
+from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
 from pipeline.plan import Plan
 from pipeline.storage import Store
 
 TARGET_FILE_BYTES = 80 * 2**20
-"""Parts are packed up to this size, so that a file ends between 64 and 96 MiB where there is enough."""
-MAX_FAILURES_PER_FILE = 200_000
-MAX_CATALOG_ROWS = 200_000
-MAX_CATALOG_KEY_BYTES = 40 * 2**20
-"""Bounds of one catalog file: 400 MB of memory while it is written, and one PUT also where all keys are 1024 bytes."""
-BUDGET_FLOOR = 20
-"""So many failures never stop a run, however small the bucket."""
+"""Ranges are joined up to this size, and cut into equal files of at most a little more, so that a file ends between 64
+and 96 MiB where there is enough."""
+MAX_FILE_BYTES = 84 * 2**20
+"""Of staged rows; a published file is up to a unit larger, and must stay below 96 MiB."""
+MAX_FILE_FAILURES = 200_000
 _TOMBSTONE = b'"abandoned"'
 """The seal of a run that was given up."""
-_PARTS_DIGEST = b"label_bucket.parts_digest"
 _TASK = {"num_cpus": 0.5, "memory": 1 << 29, "max_retries": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilePlan:
-    """One file to publish: its key, its kind and the parts it is made of, in key order."""
+class FileGroup:
+    """Neighbouring ranges whose rows of one kind go into the same files."""
 
-    kind: str
-    key: str
-    parts: dict[str, str]
-    """Unit id -> SHA-256 of its part."""
+    kind: Literal["labels", "failures", "deletions"]
+    number: int
+    range_ids: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcomes:
-    """What all parts of a run hold."""
+class Seal:
+    """What is published: the sums of every range with units, and who shares files."""
 
-    parts: list[PartSummary]
-
-    @property
-    def failures(self) -> Counter[str]:
-        """Failed objects by kind."""
-        total: Counter[str] = Counter()
-        for part in self.parts:
-            total.update(part.failures)
-        return total
+    totals: list[RangeTotals]
+    groups: list[FileGroup]
 
     @property
     def num_labeled(self) -> int:
         """Objects with a label."""
-        return sum(part.num_labeled for part in self.parts)
+        return sum(each.num_labeled for each in self.totals)
 
 
-def read_outcomes(output: Store, claim: Claim, sealed_plan: Plan) -> Outcomes:
-    """Read every part and check that it is the unit the plan says.
+class Published(NamedTuple):
+    """What a run committed, and what its labeled images look like as a whole."""
 
-    Raises ConflictError naming the first units without a part, or a part that is not its unit.
+    entry: Entry
+    profile: drift.Profile
+
+
+def read_totals(output: Store, claim: Claim, sealed_plan: Plan) -> list[RangeTotals]:
+    """Read every part back, check that it is the unit the plan says, and add up what they hold; a record per range.
+
+    Raises ConflictError for a unit without a part, a part that is not its unit, and sums that do not add up.
     """
-    tasks = [
-        _summarize_chunk.options(**_TASK).remote(output.root, claim.run_id, chunk.key, chunk.unit_ids)
-        for chunk in sealed_plan.chunks
+    tasks = {
+        each.range_id: _summarize_range.options(**_TASK).remote(output.root, claim, each.range_id)
+        for each in sealed_plan.ranges
+        if each.num_units
+    }
+    totals = [
+        ray.get(tasks[each.range_id]) if each.range_id in tasks else outcomes.nothing(each.range_id)
+        for each in sealed_plan.ranges
     ]
-    chunks: list[list[PartSummary]] = ray.get(tasks)
-    return Outcomes(parts=[part for chunk in chunks for part in chunk])
+    by_id = {each.range_id: each for each in read_ranges(output, claim.run_id)}
+    for planned, found in zip(sealed_plan.ranges, totals, strict=True):
+        outcomes.check_accounts(planned, found, claim, num_in_catalog=by_id[planned.range_id].num_rows)
+    return totals
 
 
-def check_budget(failures: Mapping[str, int], counts: Mapping[str, int], max_failed_fraction: float) -> None:
-    """Raise BudgetError if more objects failed than the budget allows.
+def read_ranges(output: Store, run_id: str) -> list[KeyRange]:
+    """The key ranges of a planned run."""
 
-    The budget is a fraction of all objects in scope, at least BUDGET_FLOOR; objects that are no images do not count.
-    """
-    counted = sum(number for kind, number in failures.items() if kind != FailureKind.NOT_AN_IMAGE)
-    in_scope = counts["listed"] - counts["filtered"]
-    allowed = max(BUDGET_FLOOR, int(max_failed_fraction * in_scope))
-    if counted > allowed:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(failures.items(), key=lambda each: -each[1]))
-        raise BudgetError(
-            f"{counted} of {in_scope} objects failed, {allowed} are allowed ({kinds}); nothing was published. Raise"
-            " --max-failed-fraction and run again to publish what there is, or --abandon-run to start anew"
-        )
+    def refuse() -> list[KeyRange]:
+        raise ConflictError(f"{output.root}: run {run_id} is planned, but its plan/ranges.json is gone; restore it")
 
-
-def check_accounts(counts: Mapping[str, int], labeled: int, failed: int, claim: Claim, *, num_in_catalog: int) -> None:
-    """Raise ConflictError unless every listed object has exactly one outcome, and every object of the last catalog is
-    listed, deleted or out of tonight's scope.
-    """
-    accounted = labeled + failed + counts["unchanged"] + counts["filtered"]
-    if accounted != counts["listed"] or labeled + failed != counts["planned"]:
-        raise ConflictError(
-            f"run {claim.run_id}: the sums do not add up, nothing was published: listed {counts['listed']}, but labeled"
-            f" {labeled} + failed {failed} + unchanged {counts['unchanged']} + filtered {counts['filtered']} ="
-            f" {accounted}; keep the output's _runs/{claim.run_id} and report this"
-        )
-    if counts["known"] + counts["kept"] + counts["deleted"] != num_in_catalog:
-        raise ConflictError(
-            f"run {claim.run_id}: the sums do not add up, nothing was published: the last catalog has {num_in_catalog}"
-            f" objects, of which {counts['known']} are listed, {counts['kept']} out of scope and {counts['deleted']}"
-            f" deleted; keep the output's _runs/{claim.run_id} and report this"
-        )
+    return plan.seal_ranges(output, run_id, refuse)
 
 
 def fate(output: Store, run_id: str) -> Literal["open", "sealed", "abandoned"]:
     """What was decided of a claimed run. Sealed: anybody can, and must, finish it. Abandoned: it may never publish."""
-    seal = storage.get_or_none(output, _seal_key(run_id))
-    if seal is None:
+    standing = storage.get_or_none(output, _seal_key(run_id))
+    if standing is None:
         return "open"
-    return "abandoned" if seal == _TOMBSTONE else "sealed"
+    return "abandoned" if standing == _TOMBSTONE else "sealed"
 
 
 def abandon(output: Store, claim: Claim, now: str) -> None:
@@ -143,37 +120,37 @@ def abandon(output: Store, claim: Claim, now: str) -> None:
     commit(output, abandoned(claim, now))
 
 
-def publish(output: Store, claim: Claim, sealed_plan: Plan, base: Entry | None, outcomes: Outcomes, now: str) -> Entry:
-    """Write what is missing of the run's files and its log entry. The same result however often it is interrupted.
+def seal(output: Store, claim: Claim, sealed_plan: Plan, totals: Sequence[RangeTotals]) -> None:
+    """Decide what is published; the first seal stands. ConflictError if the run was abandoned meanwhile."""
+    wanted = Seal(totals=list(totals), groups=list(_groups(sealed_plan, totals)))
+    standing = output.put_if_absent(_seal_key(claim.run_id), json.dumps(asdict(wanted)).encode())
+    if standing == _TOMBSTONE:
+        raise ConflictError(
+            f"{output.root}: run {claim.run_id} was abandoned by another command; nothing was published"
+        )
+    crash_point("publish-sealed")
+
+
+def finish(output: Store, claim: Claim, base: Entry | None, now: str) -> Published:
+    """Write what is missing of a sealed run's files and its log entry. The same however often it is interrupted.
 
     `base` is the newest published run of the same space. Raises ConflictError if a file that exists is another one.
     """
-    labeled, failures = outcomes.num_labeled, outcomes.failures
-    old_catalog = base.catalog if base else []
-    num_in_catalog = sum(file.num_rows for file in old_catalog)
-    check_accounts(sealed_plan.counts, labeled, failures.total(), claim, num_in_catalog=num_in_catalog)
-    layout = _seal_layout(output, claim, outcomes)
-    crash_point("publish-sealed")
-    dim = claim.identity["embedding_dim"]
-    written: dict[str, list[FileRef]] = {"labels": [], "failures": []}
-    waiting = {_publish_file.options(**_TASK).remote(output.root, claim, dim, each): each.kind for each in layout}
-    for task in list(waiting):
-        written[waiting[task]].append(ray.get(task))
-        crash_point("file-published")
-    deletions: list[FileRef] = ray.get(
-        [
-            _publish_deletions.options(**_TASK).remote(output.root, claim, key, f"{number:05d}")
-            for number, key in enumerate(key for each in sealed_plan.ranges for key in each.deletions)
-        ]
-    )
+    sealed_plan, sealed = plan.read(output, claim.run_id), _read_seal(output, claim.run_id)
+    if sealed_plan is None:
+        raise ConflictError(f"{output.root}: run {claim.run_id} was publishing, but its plan.json is gone; restore it")
+    totals = {each.range_id: each for each in sealed.totals}
+    written: dict[str, list[FileRef]] = {}
+    profile = drift.Profile()
+    for kind in ("labels", "failures", "deletions"):
+        groups = [group for group in sealed.groups if group.kind == kind]
+        found = list(_publish(output, claim, groups, totals))
+        written[kind] = [ref for ref, _ in found]
+        profile = functools.reduce(drift.merge, (each for _, each in found if each is not None), profile)
     crash_point("deletions-published")
-    if sealed_plan.counts["planned"] or sealed_plan.counts["deleted"]:
-        catalog: list[FileRef] = ray.get(
-            _publish_catalog.options(**_TASK).remote(output.root, claim, sealed_plan, old_catalog)
-        )
-    else:
-        catalog = old_catalog
+    listed = _publish_catalog(output, claim, sealed_plan, totals)
     crash_point("catalog-published")
+    failures = outcomes.failures_of(sealed.totals)
     counts = {name: sealed_plan.counts[name] for name in ("listed", "filtered", "unchanged", "deleted")}
     entry = Entry(
         kind="run",
@@ -183,22 +160,24 @@ def publish(output: Store, claim: Claim, sealed_plan: Plan, base: Entry | None, 
         run_date=claim.run_date,
         model_id=claim.model_id,
         model_revision=claim.model_revision,
-        counts={**counts, "labeled": labeled, "failed": failures.total()},
+        counts={**counts, "labeled": sealed.num_labeled, "failed": failures.total()},
         failures=dict(sorted(failures.items())),
         labels=written["labels"],
         dead_letters=written["failures"],
-        deletions=deletions,
-        catalog=catalog,
+        deletions=written["deletions"],
+        catalog=listed or (base.catalog if base else None),
+        canaries=base.canaries if base else canary.find(output, claim.run_id),
         committed_at=now,
     )
-    if (
-        sum(file.num_rows for file in entry.labels) != labeled
-        or sum(file.num_rows for file in entry.dead_letters) != failures.total()
-    ):
-        raise ConflictError(f"run {claim.run_id}: the published files do not hold the {labeled} rows of its parts")
+    for kind, name in (("labels", "labeled"), ("failures", "failed"), ("deletions", "deleted")):
+        num_rows = sum(file.num_rows for file in written[kind])
+        if num_rows != entry.counts[name]:
+            raise ConflictError(
+                f"run {claim.run_id}: expected {entry.counts[name]} rows below {kind}/, found {num_rows} in its files"
+            )
     commit(output, entry)
     crash_point("committed")
-    return entry
+    return Published(entry, profile)
 
 
 # --- layout -------------------------------------------------------------------------------------------------------
@@ -208,205 +187,199 @@ def _seal_key(run_id: str) -> str:
     return f"_runs/{run_id}/publish.json"
 
 
-def _seal_layout(output: Store, claim: Claim, outcomes: Outcomes) -> list[FilePlan]:
-    wanted = [asdict(each) for each in _layout(claim, outcomes)]
-    standing = output.put_if_absent(_seal_key(claim.run_id), json.dumps(wanted).encode())
-    if standing == _TOMBSTONE:
-        raise ConflictError(
-            f"{output.root}: run {claim.run_id} was abandoned by another command; nothing was published"
-        )
-    return [FilePlan(**each) for each in json.loads(standing)]
+def _read_seal(output: Store, run_id: str) -> Seal:
+    values = json.loads(output.get(_seal_key(run_id)))
+    return Seal(
+        totals=[RangeTotals(**each) for each in values["totals"]],
+        groups=[FileGroup(**each) for each in values["groups"]],
+    )
 
 
-def _layout(claim: Claim, outcomes: Outcomes) -> Iterator[FilePlan]:
-    labeled = [part for part in outcomes.parts if part.num_labeled]
-    failed = [part for part in outcomes.parts if part.num_failed]
-    packed = {
-        "labels": _pack(
-            labeled, [part.size_bytes * part.num_labeled // part.num_rows for part in labeled], TARGET_FILE_BYTES
-        ),
-        "failures": _pack(failed, [part.num_failed for part in failed], MAX_FAILURES_PER_FILE),
+def _groups(sealed_plan: Plan, totals: Sequence[RangeTotals]) -> Iterator[FileGroup]:
+    deleted = {each.range_id: each.counts["deleted"] for each in sealed_plan.ranges}
+    weights: dict[str, tuple[Callable[[RangeTotals], int], int]] = {
+        "labels": (lambda each: each.label_bytes, TARGET_FILE_BYTES),
+        "failures": (lambda each: each.num_failed, MAX_FILE_FAILURES),
+        "deletions": (lambda each: deleted[each.range_id], MAX_FILE_FAILURES),
     }
-    for kind, groups in packed.items():
-        for number, group in enumerate(groups):
-            yield FilePlan(
-                kind=kind,
-                key=_file_key(kind, claim, f"{number:05d}"),
-                parts={part.unit_id: part.sha256 for part in group},
-            )
+    kind: Any
+    for kind, (weight_of, enough) in weights.items():
+        number, range_ids, weight = 0, list[str](), 0
+        for each in totals:
+            if not weight_of(each):
+                continue
+            range_ids.append(each.range_id)
+            weight += weight_of(each)
+            if weight >= enough:
+                yield FileGroup(kind=kind, number=number, range_ids=range_ids)
+                number, range_ids, weight = number + 1, [], 0
+        if range_ids:
+            yield FileGroup(kind=kind, number=number, range_ids=range_ids)
 
 
-def _pack(items: Sequence[PartSummary], weights: Sequence[int], capacity: int) -> Iterator[list[PartSummary]]:
-    group: list[PartSummary] = []
-    total = 0
-    for item, weight in zip(items, weights, strict=True):
-        if group and total + weight > capacity:
-            yield group
-            group, total = [], 0
-        group.append(item)
-        total += weight
-    if group:
-        yield group
+Sources = list[tuple[str, str, str]]
+"""What one file of labels/ or failures/ is made of, in key order: range id, unit id, SHA-256 of the part."""
 
 
-def _file_key(kind: str, claim: Claim, number: str) -> str:
+def lay_out(output: Store, run_id: str, group: FileGroup, totals: Sequence[RangeTotals]) -> list[Sources]:
+    """The files of a group of labels or failures; the first layout stands."""
+    key = f"_runs/{run_id}/publish/{group.kind}-{group.number:05d}.json"
+    standing = storage.get_or_none(output, key)
+    if standing is None:
+        found = [(each.range_id, part) for each in totals for part in outcomes.read_outcome(output, run_id, each).parts]
+        standing = output.put_if_absent(key, json.dumps(list(_cut(group.kind, found))).encode())
+    return [[(range_id, unit_id, digest) for range_id, unit_id, digest in each] for each in json.loads(standing)]
+
+
+def _cut(kind: str, found: Sequence[tuple[str, PartSummary]]) -> Iterator[Sources]:
+    """Equal files within the bounds."""
+    weighted = [
+        (part.label_bytes if kind == "labels" else part.num_failed, (range_id, part.unit_id, part.sha256))
+        for range_id, part in found
+        if (part.num_labeled if kind == "labels" else part.num_failed)
+    ]
+    total = sum(weight for weight, _ in weighted)
+    num_files = max(1, -(-total // (MAX_FILE_BYTES if kind == "labels" else MAX_FILE_FAILURES)))
+    sources: Sources = []
+    done = num_cut = 0
+    for weight, source in weighted:
+        sources.append(source)
+        done += weight
+        if done * num_files >= total * (num_cut + 1):
+            yield sources
+            sources, num_cut = [], num_cut + 1
+    if sources:
+        yield sources
+
+
+def _file_key(kind: str, claim: Claim, group: int, number: int) -> str:
     space = claim.identity["space_id"]
-    return f"{kind}/space={space}/run_date={claim.run_date}/part-{claim.run_id}-{number}.parquet"
+    return f"{kind}/space={space}/run_date={claim.run_date}/part-{claim.run_id}-{group:05d}-{number:03d}.parquet"
+
+
+def _publish(
+    output: Store, claim: Claim, groups: Sequence[FileGroup], totals: Mapping[str, RangeTotals]
+) -> Iterator[tuple[FileRef, drift.Profile | None]]:
+    """The files of all groups of one kind, in key order, those of labels with their profile."""
+    if groups and groups[0].kind == "deletions":
+        for refs in ray.get([_publish_deletions.options(**_TASK).remote(output.root, claim, each) for each in groups]):
+            yield from ((ref, None) for ref in refs)
+        return
+    counting = [
+        _lay_out.options(**_TASK).remote(output.root, claim.run_id, each, [totals[name] for name in each.range_ids])
+        for each in groups
+    ]
+    tasks = [
+        _publish_file.options(**_TASK).remote(output.root, claim, group, number)
+        for group, num_files in zip(groups, ray.get(counting), strict=True)
+        for number in range(num_files)
+    ]
+    for task in tasks:
+        yield ray.get(task)
+        crash_point("file-published")
+
+
+def _publish_catalog(
+    output: Store, claim: Claim, sealed_plan: Plan, totals: Mapping[str, RangeTotals]
+) -> FileRef | None:
+    """Renew the catalog of every range that changed; None if none did."""
+    changed = {each.range_id: each for each in sealed_plan.ranges if each.changes_catalog}
+    if not changed:
+        return None
+    ranges = read_ranges(output, claim.run_id)
+    tasks = {
+        each.range_id: _renew_range.options(**_TASK).remote(output.root, claim, each, totals[each.range_id])
+        for each in ranges
+        if each.range_id in changed
+    }
+    listed: list[FileRef] = []
+    for each in ranges:
+        refs = ray.get(tasks[each.range_id]) if each.range_id in tasks else list(each.files)
+        if each.range_id in changed:
+            counts = changed[each.range_id].counts
+            expected = counts["kept"] + counts["unchanged"] + counts["planned"]
+            found = sum(ref.num_rows for ref in refs)
+            if found != expected:
+                raise ConflictError(
+                    f"run {claim.run_id}, range {each.range_id}: expected {expected} rows in the new catalog, found"
+                    f" {found}"
+                )
+        listed += refs
+    return catalog.write_manifest(output, claim.identity["space_id"], claim.run_id, listed)
 
 
 # --- Ray tasks ----------------------------------------------------------------------------------------------------
 
 
 @ray.remote
-def _summarize_chunk(output_url: str, run_id: str, chunk_key: str, unit_ids: Sequence[str]) -> list[PartSummary]:
-    output = storage.connect(output_url)
-    return [parts.read_part(output, run_id, unit_id)[1] for unit_id in unit_ids]
+def _summarize_range(output_url: str, claim: Claim, range_id: str) -> RangeTotals:
+    return outcomes.summarize_range(storage.connect(output_url), claim.run_id, claim.run_seq, range_id)
 
 
 @ray.remote
-def _publish_file(output_url: str, claim: Claim, embedding_dim: int | None, file_plan: FilePlan) -> FileRef:
+def _lay_out(output_url: str, run_id: str, group: FileGroup, totals: Sequence[RangeTotals]) -> int:
+    return len(lay_out(storage.connect(output_url), run_id, group, totals))
+
+
+@ray.remote
+def _publish_file(output_url: str, claim: Claim, group: FileGroup, number: int) -> tuple[FileRef, drift.Profile | None]:
     """Write one file of labels/ or failures/ from its parts, which must be those that were sealed."""
     output = storage.connect(output_url)
+    sources = lay_out(output, claim.run_id, group, [])[number]
     tables = []
-    for unit_id, digest in file_plan.parts.items():
-        table, summary = parts.read_part(output, claim.run_id, unit_id)
+    for range_id, unit_id, digest in sources:
+        table, summary = parts.read_part(output, claim.run_id, range_id, unit_id)
         if summary.sha256 != digest:
             raise ConflictError(f"{output_url}: part {unit_id} of run {claim.run_id} changed after it was sealed")
-        failed = pc.is_valid(table.column("failure_kind"))
-        tables.append(table.filter(failed if file_plan.kind == "failures" else pc.invert(failed)))
+        is_labeled = pc.is_null(table.column("failure_kind"))
+        tables.append(table.filter(is_labeled if group.kind == "labels" else pc.invert(is_labeled)))
     table = pa.concat_tables(tables)
+    key = _file_key(group.kind, claim, group.number, number)
     uris = table.column("uri")
     if len(uris) > 1 and not pc.all(pc.less(uris[:-1], uris[1:])).as_py():
-        raise ConflictError(
-            f"{output_url}/{file_plan.key}: the rows of run {claim.run_id} are not in order of their uri"
-        )
-    rows = _failure_rows(table, claim) if file_plan.kind == "failures" else _label_rows(table, claim, embedding_dim)
-    return _put_file(output, file_plan.key, rows, claim, schema.digest(file_plan.parts))
+        raise ConflictError(f"{output_url}/{key}: the rows of run {claim.run_id} are not in order of their uri")
+    digest = schema.digest(sources)
+    if group.kind == "failures":
+        return files.put(output, key, files.failures(table, claim), claim, digest), None
+    rows = files.labels(table, claim, claim.identity["embedding_dim"])
+    return files.put(output, key, rows, claim, digest), drift.profile_of(rows)
 
 
 @ray.remote
-def _publish_deletions(output_url: str, claim: Claim, source_key: str, number: str) -> FileRef:
+def _publish_deletions(output_url: str, claim: Claim, group: FileGroup) -> list[FileRef]:
+    """Write a group's files of deletions/, from the plans of its ranges."""
     output = storage.connect(output_url)
-    data = output.get(source_key)
-    gone = pq.read_table(io.BytesIO(data))
-    uris = [f"{claim.identity['input']}/{key}" for key in gone.column("key").to_pylist()]
-    table = _with_run(pa.table({"uri": uris, "etag": gone.column("etag")}), claim, schema.DELETIONS)
-    return _put_file(output, _file_key("deletions", claim, number), table, claim, hashlib.sha256(data).hexdigest())
-
-
-@ray.remote
-def _publish_catalog(output_url: str, claim: Claim, sealed_plan: Plan, base: Sequence[FileRef]) -> list[FileRef]:
-    """The old catalog without what is gone or was planned, merged with tonight's outcomes; sorted by key."""
-    output = storage.connect(output_url)
-    gone = (row["key"] for each in sealed_plan.ranges for key in each.deletions for row in _rows(output.get(key)))
-    fresh = _fresh_rows(output, claim, sealed_plan)
-    files: list[FileRef] = []
-    rows: list[plan.CatalogRow] = []
+    refs: list[FileRef] = []
+    waiting: list[pa.Table] = []
 
     def write() -> None:
-        key = f"_catalog/space={claim.identity['space_id']}/{claim.run_id}-{len(files):05d}.parquet"
-        table = pa.Table.from_pylist(rows, schema.CATALOG)
-        files.append(
-            _put_file(output, key, table, claim, schema.digest([list(map(str, row.values())) for row in rows]))
-        )
-        rows.clear()
+        gone = pa.concat_tables(waiting)
+        key = _file_key("deletions", claim, group.number, len(refs))
+        digest = schema.digest([group.range_ids, gone.column("key")[0].as_py(), len(gone)])
+        refs.append(files.put(output, key, files.deletions(gone, claim), claim, digest))
+        waiting.clear()
 
-    key_bytes = 0
-    for row in merge_catalog(plan.read_catalog(output, base), gone, fresh):
-        rows.append(row)
-        key_bytes += len(row["key"].encode())
-        if len(rows) == MAX_CATALOG_ROWS or key_bytes >= MAX_CATALOG_KEY_BYTES:
-            write()
-            key_bytes = 0
-    if rows or not files:
+    for range_id in group.range_ids:
+        for table in plan.read_deletions(output, plan.read_range(output, claim.run_id, range_id)):
+            waiting.append(table)
+            if sum(map(len, waiting)) >= MAX_FILE_FAILURES:
+                write()
+    if waiting:
         write()
-    return files
+    return refs
 
 
-def merge_catalog(
-    old: Iterator[plan.CatalogRow], gone: Iterator[str], fresh: Iterator[plan.CatalogRow]
-) -> Iterator[plan.CatalogRow]:
-    """`old` without the keys in `gone`, with the rows in `fresh` replacing or joining it. All are sorted by key."""
-    next_gone, next_fresh = next(gone, None), next(fresh, None)
-    for row in old:
-        while next_fresh is not None and next_fresh["key"] < row["key"]:
-            yield next_fresh
-            next_fresh = next(fresh, None)
-        if next_gone == row["key"]:
-            next_gone = next(gone, None)
-        elif next_fresh is not None and next_fresh["key"] == row["key"]:
-            yield next_fresh
-            next_fresh = next(fresh, None)
-        else:
-            yield row
-    while next_fresh is not None:
-        yield next_fresh
-        next_fresh = next(fresh, None)
+@ray.remote
+def _renew_range(output_url: str, claim: Claim, key_range: KeyRange, totals: RangeTotals) -> list[FileRef]:
+    """Write what changed of a range's catalog; give all its files."""
+    output = storage.connect(output_url)
+    planned = plan.read_range(output, claim.run_id, key_range.range_id)
+    fresh = outcomes.read_fresh(output, outcomes.read_outcome(output, claim.run_id, totals)) if totals.sha256 else ()
 
+    def write(number: int, rows: pa.Table) -> FileRef:
+        key = f"_catalog/space={claim.identity['space_id']}/{claim.run_id}-{key_range.range_id}-{number:05d}.parquet"
+        origin = [[file.sha256 for file in key_range.files], totals.sha256]
+        bounds = [rows.column("key")[0].as_py(), rows.column("key")[-1].as_py(), len(rows)]
+        return files.put(output, key, rows, claim, schema.digest([origin, bounds]))
 
-def _fresh_rows(output: Store, claim: Claim, sealed_plan: Plan) -> Iterator[plan.CatalogRow]:
-    columns = ["key", "etag", "size_bytes", "last_modified", "failure_kind"]
-    for chunk in sealed_plan.chunks:
-        for unit_id in chunk.unit_ids:
-            table, _ = parts.read_part(output, claim.run_id, unit_id)
-            for row in table.select(columns).to_pylist():
-                yield {**row, "run_seq": claim.run_seq}
-
-
-def _rows(data: bytes) -> list[plan.CatalogRow]:
-    return list(pq.read_table(io.BytesIO(data)).to_pylist())
-
-
-# --- rows and files -----------------------------------------------------------------------------------------------
-
-
-def _label_rows(table: pa.Table, claim: Claim, embedding_dim: int | None) -> pa.Table:
-    return _with_run(table, claim, schema.labels(embedding_dim))
-
-
-def _failure_rows(table: pa.Table, claim: Claim) -> pa.Table:
-    is_transient = pc.is_in(table.column("failure_kind"), pa.array([str(kind) for kind in TRANSIENT]))
-    return _with_run(table.append_column("is_transient", is_transient), claim, schema.FAILURES)
-
-
-def _with_run(table: pa.Table, claim: Claim, wanted: pa.Schema) -> pa.Table:
-    """`table` with the run's own columns, as `wanted`."""
-    constants = {
-        "model_id": claim.model_id,
-        "model_revision": claim.model_revision,
-        "space_id": claim.identity["space_id"],
-        "run_id": claim.run_id,
-        "run_seq": claim.run_seq,
-    }
-    columns = []
-    for field in wanted:
-        if field.name == "image_id":
-            columns.append(pa.array([schema.image_id(uri) for uri in table.column("uri").to_pylist()], field.type))
-        elif field.name in constants:
-            columns.append(pa.repeat(pa.scalar(constants[field.name], field.type), len(table)))
-        else:
-            columns.append(table.column(field.name))
-    return pa.table(columns, schema=wanted)
-
-
-def _put_file(output: Store, key: str, table: pa.Table, claim: Claim, parts_digest: str) -> FileRef:
-    """Write a published file once. One that exists must come from the same parts; it may differ in its bytes when
-    another version of the Parquet writer made it.
-    """
-    metadata = {**claim.metadata, "label_bucket.run_id": claim.run_id, _PARTS_DIGEST.decode(): parts_digest}
-    if key.startswith("labels/"):
-        metadata["huggingface"] = _huggingface_features(table.schema)
-    data = parts.encode(table, metadata)
-    standing = output.put_if_absent(key, data)
-    if standing is not data:
-        found = (pq.read_schema(io.BytesIO(standing)).metadata or {}).get(_PARTS_DIGEST, b"").decode()
-        if found != parts_digest:
-            raise ConflictError(f"{output.root}/{key}: exists and was not made from the parts of run {claim.run_id}")
-    return FileRef(key=key, num_rows=len(table), size_bytes=len(standing), sha256=hashlib.sha256(standing).hexdigest())
-
-
-def _huggingface_features(table_schema: pa.Schema) -> str:
-    """The footer value that tells `datasets` the types of the columns."""
-    from datasets import Features
-
-    return json.dumps({"info": {"features": Features.from_arrow_schema(table_schema).to_dict()}})
+    return catalog.renew(output, key_range, plan.read_deletions(output, planned), fresh, write)

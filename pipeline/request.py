@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline import checkpoint, dataset, decode
+from pipeline import catalog, checkpoint, dataset, decode, log
 from pipeline.checkpoint import Checkpoint, PreprocessSpec
 from pipeline.config import Config
+from pipeline.diff import Rules
 from pipeline.errors import AbsentError, ConfigError, ConflictError, ForbiddenError, SourceError
 from pipeline.listing import Scope
-from pipeline.log import Entry, State
+from pipeline.log import Entry, FileRef, State
 from pipeline.preprocess import spec_from_config
 from pipeline.storage import ObjectInfo, Store
 
@@ -32,14 +33,15 @@ class Request:
 
     source: Store
     output: Store
-    scope: Scope
+    rules: Rules
     checkpoint: Checkpoint
     spec: PreprocessSpec
     space_id: str
     identity: dict[str, object]
     base: Entry | None
-    """The newest published run of this space: its catalog says what need not be labeled again."""
-    records_deletions: bool
+    """The newest published run of this space."""
+    base_files: list[FileRef]
+    """Its catalog, which says what need not be labeled again."""
 
 
 def _check_output(config: Config, source: Store, output: Store, state: State) -> None:
@@ -64,7 +66,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
     """
     _check_output(config, source, output, state)
     scope = Scope(include=config.include, exclude=config.exclude)
-    _check_source(source, scope, config.max_image_bytes)
+    is_empty = not _has_objects(source, scope, config.max_image_bytes)
     found = checkpoint.resolve(config.model, config.revision or _remembered_revision(config, state))
     spec = spec_from_config(found.preprocessor_config, mode=config.preprocess, input_px=found.input_px)
     if config.top_k > len(found.label_names):
@@ -86,6 +88,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
         "space_id": space_id,
         "top_k": config.top_k,
         "embedding_dim": dim,
+        "relabel": config.relabel,
     }
     base = state.newest(space_id)
     if base is not None and base.identity["top_k"] != config.top_k:
@@ -93,38 +96,56 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
             f"--output {output.root}: space {space_id} holds {base.identity['top_k']} labels per image, this command"
             f" asks for --top-k {config.top_k}; use --top-k {base.identity['top_k']} or another --output"
         )
+    base_files = catalog.files_of(output, base)
+    if base is not None:
+        log.check_files(output, base)
+    if is_empty and not (config.allow_empty and base is not None):
+        raise _nothing_to_label(source, scope, base)
     same_filters = base is None or all(base.identity[name] == identity[name] for name in ("include", "exclude"))
     return Request(
         source=source,
         output=output,
-        scope=scope,
+        rules=Rules(
+            scope=scope,
+            limit=config.limit,
+            records_deletions=same_filters and config.limit is None,
+            relabel=config.relabel,
+        ),
         checkpoint=found,
         spec=spec,
         space_id=space_id,
         identity=identity,
         base=base,
-        records_deletions=same_filters and config.limit is None,
+        base_files=base_files,
     )
 
 
-def _check_source(source: Store, scope: Scope, max_image_bytes: int) -> None:
-    """Raise unless there is something to label and it may be read."""
-    num_listed = 0
+def _has_objects(source: Store, scope: Scope, max_image_bytes: int) -> bool:
+    """Whether there is an object in scope; raises if it may not be read."""
     try:
         for page in scope.pages(source):
             in_scope = [info for info, is_in_scope in page if is_in_scope]
             if in_scope:
                 _check_readable(source, in_scope, max_image_bytes)
-                return
-            num_listed += len(page)
+                return True
     except AbsentError as error:
         raise SourceError(f"--input {source.root}: {error}; check the name and the endpoint") from error
-    if num_listed:
-        raise ConfigError(
-            f"--input {source.root}: none of its {num_listed:,} objects match --include {list(scope.include)}"
-            f" --exclude {list(scope.exclude)}; nothing to label"
+    return False
+
+
+def _nothing_to_label(source: Store, scope: Scope, base: Entry | None) -> ConfigError | SourceError:
+    """Why a listing without an object in scope ends the run."""
+    if base is not None:
+        return SourceError(
+            f"--input {source.root}: expected objects, found none, and an earlier night labeled some; check the prefix"
+            " and the filters, or record all of them as deleted with --allow-empty"
         )
-    raise SourceError(f"--input {source.root}: expected objects, found none; check the prefix")
+    if next(source.list_pages(), None):
+        return ConfigError(
+            f"--input {source.root}: none of its objects match --include {list(scope.include)} --exclude"
+            f" {list(scope.exclude)}; nothing to label"
+        )
+    return SourceError(f"--input {source.root}: expected objects, found none; check the prefix")
 
 
 def _check_readable(source: Store, infos: list[ObjectInfo], max_image_bytes: int) -> None:

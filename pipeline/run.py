@@ -5,31 +5,29 @@ a run claims its place before it works, and whatever was left unfinished is fini
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import ray
 import ray.exceptions
 
-from pipeline import dataset, log, parts, plan, publish, storage
+from pipeline import canary, dataset, drift, log, outcomes, parts, plan, publish, storage
+from pipeline.catalog import KeyRange
 from pipeline.config import Config
-from pipeline.errors import (
-    STOPPED,
-    ConflictError,
-    LabelBucketError,
-    SourceError,
-)
+from pipeline.diff import Rules
+from pipeline.errors import STOPPED, LabelBucketError, SourceError
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
 from pipeline.log import Claim, Entry, State
 from pipeline.plan import Plan
-from pipeline.progress import Heartbeat, Progress, Report
+from pipeline.progress import Heartbeat, PlanningMeter, Progress, Report
+from pipeline.publish import Published
 from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
 from pipeline.storage import Store
 
@@ -51,10 +49,11 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     start_engine()
     resources = dataset.resolve_resources(config.device, config.gpu_actors)
     precision = compute_precision(config.precision, resources.device)
+    vectors: canary.Vectors | None = None
     if request.base is None:
         # Wrong weights must be found before the claim, which would block the output; known weights were checked before.
         with _engine_errors():
-            dataset.check_model(worker_task(config, request, "", precision), resources.device)
+            vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources)
     if config.abandon_run and state.open_claim is not None:
@@ -73,7 +72,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     )
     crash_point("claimed")
     if state.runs:
-        _settle_report(output, state.runs[-1])
+        _settle_report(output, Published(state.runs[-1], drift.Profile()), state)
     report = Report(
         run_id=claim.run_id,
         config=config.model_dump(mode="json"),
@@ -88,21 +87,27 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         started_at=_now(),
     )
     with _reporting(report, output):
-        entry = _run(config, request, resources, claim, report)
-        _complete(report, entry, output)
+        published = _run(config, request, resources, claim, report, _reference_vectors(request, claim, vectors))
+        _complete(report, published, output, state)
     return report
 
 
+def _reference_vectors(request: Request, claim: Claim, first: canary.Vectors | None) -> canary.Vectors:
+    """What every actor of this space compares itself with: of a first run, what its model gave before the claim."""
+    output = request.output
+    if first is None:
+        assert request.base is not None
+        assert request.base.canaries is not None
+        return canary.read(output, request.base.canaries, request.space_id)
+    reference = canary.read(output, canary.write(output, claim.run_id, request.space_id, first), request.space_id)
+    canary.check(first, reference)  # another one where the first attempt ran with other libraries
+    return reference
+
+
 def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> Report:
-    preview = plan.preview(
-        request.source.root,
-        request.output.root,
-        request.scope,
-        request.base.catalog if request.base else [],
-        max_unit_rows=plan.max_unit_rows(request.spec.input_px),
-        limit=config.limit,
-        records_deletions=request.records_deletions,
-    )
+    ranges = plan.find_ranges(request.source, request.base_files)
+    with _engine_errors():
+        preview = plan.total("", _plan_ranges(request, ranges, None))
     _announce(request, resources, preview)
     return Report(
         exit_code=0,
@@ -118,7 +123,14 @@ def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> 
 # --- the three phases ---------------------------------------------------------------------------------------------
 
 
-def _run(config: Config, request: Request, resources: dataset.Resources, claim: Claim, report: Report) -> Entry:
+def _run(
+    config: Config,
+    request: Request,
+    resources: dataset.Resources,
+    claim: Claim,
+    report: Report,
+    reference: canary.Vectors,
+) -> Published:
     output = request.output
     heartbeat = Heartbeat(output, claim.run_id, f"{socket.gethostname()}/{os.getpid()}")
     twin = heartbeat.other()
@@ -127,19 +139,18 @@ def _run(config: Config, request: Request, resources: dataset.Resources, claim: 
     heartbeat.beat()
     with _engine_errors():
         sealed = _plan(config, request, claim)
-        finished = parts.finished_units(output, claim.run_id)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
         _announce(request, resources, sealed)
-        if finished:
-            _log.info("resuming: %d of %d units have their part", len(finished), sealed.num_units)
-        _label(config, request, resources, claim, sealed, finished, heartbeat, report)
+        _label(config, request, resources, claim, sealed, heartbeat, report, reference)
         crash_point("labeled")
-        _log.info("publishing: reading %d parts back", sealed.num_units)
-        outcomes = publish.read_outcomes(output, claim, sealed)
-        report.failures = dict(outcomes.failures)
-        publish.check_budget(outcomes.failures, sealed.counts, config.max_failed_fraction)
-        return publish.publish(output, claim, sealed, request.base, outcomes, _now())
+        _log.info("publishing: reading %s parts back", f"{sealed.num_units:,}")
+        totals = publish.read_totals(output, claim, sealed)
+        failures = outcomes.failures_of(totals)
+        report.failures = dict(failures)
+        outcomes.check_budget(failures, sealed.counts, config.max_failed_fraction)
+        publish.seal(output, claim, sealed, totals)
+        return publish.finish(output, claim, request.base, _now())
 
 
 def _plan(config: Config, request: Request, claim: Claim) -> Plan:
@@ -147,30 +158,52 @@ def _plan(config: Config, request: Request, claim: Claim) -> Plan:
     sealed = plan.read(output, claim.run_id)
     if sealed is not None:
         return sealed
-    _log.info("planning: listing %s", request.source.root)
-    planned = ray.get(
-        _plan_range.options(num_cpus=0.5).remote(
-            {
-                "input_url": request.source.root,
-                "output_url": output.root,
-                "run_id": claim.run_id,
-                "scope": request.scope,
-                "catalog": request.base.catalog if request.base else [],
-                "max_unit_rows": plan.max_unit_rows(request.spec.input_px),
-                "limit": config.limit,
-                "records_deletions": request.records_deletions,
-            }
+    ranges = plan.seal_ranges(output, claim.run_id, lambda: plan.find_ranges(request.source, request.base_files))
+    crash_point("ranges-sealed")
+    planned = _plan_ranges(request, ranges, claim.run_id)
+    counts = plan.total(claim.run_id, planned).counts
+    if counts["deleted"] and counts["listed"] == counts["filtered"] and not config.allow_empty:
+        raise SourceError(
+            f"--input {request.source.root}: all of {counts['deleted']:,} known objects are gone; check the source, or"
+            " run again with --allow-empty to record that"
         )
-    )
     crash_point("planned")
-    sealed = plan.seal(output, claim.run_id, [planned])
+    sealed = plan.seal(output, claim.run_id, planned)
     crash_point("plan-sealed")
     return sealed
 
 
+def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | None) -> list[plan.Range]:
+    """Plan every range, one task each; with a limit one after the other, until it is reached. No run: a preview."""
+    _log.info("planning: listing %s in %s range(s)", request.source.root, f"{len(ranges):,}")
+    sizes = plan.UnitSizes.of(request.spec.input_px, len(ranges))
+
+    def start(key_range: KeyRange, rules: Rules) -> ray.ObjectRef[plan.Range]:
+        return _plan_range.options(num_cpus=0.5, memory=1 << 28).remote(
+            request.source.root, request.output.root, run_id, key_range, rules, sizes
+        )
+
+    rules = request.rules
+    if rules.limit is None:
+        meter = PlanningMeter(len(ranges))
+        return [meter.add(ray.get(task)) for task in [start(each, rules) for each in ranges]]
+    planned: list[plan.Range] = []
+    left = rules.limit
+    for each in ranges:
+        found = ray.get(start(each, replace(rules, limit=left))) if left else plan.not_looked_at(each)
+        left -= found.counts["unchanged"] + found.counts["planned"]
+        planned.append(found)
+    return planned
+
+
 @ray.remote
-def _plan_range(arguments: dict[str, Any]) -> plan.Range:
-    return plan.plan_range(**arguments)
+def _plan_range(
+    input_url: str, output_url: str, run_id: str | None, key_range: KeyRange, rules: Rules, sizes: plan.UnitSizes
+) -> plan.Range:
+    source, output = storage.connect(input_url), storage.connect(output_url)
+    if run_id is None:
+        return plan.preview_range(source, output, key_range, rules, sizes).summary()
+    return plan.plan_range(source, output, run_id, key_range, rules, sizes).summary()
 
 
 def _label(
@@ -179,26 +212,24 @@ def _label(
     resources: dataset.Resources,
     claim: Claim,
     sealed: Plan,
-    finished: set[str],
     heartbeat: Heartbeat,
     report: Report,
+    reference: canary.Vectors,
 ) -> None:
     """Give every unit that has none its part."""
-    work = [
-        dataset.Work(unit_id, chunk.key)
-        for chunk in sealed.chunks
-        for unit_id in chunk.unit_ids
-        if unit_id not in finished
-    ]
-    if not work:
+    progress = Progress(sealed.counts["planned"])
+    work = _unfinished(request.output, sealed, progress)
+    first = next(work, None)
+    if progress.num_done:
+        _log.info("resuming: %s of %s images have their part", f"{progress.num_done:,}", f"{progress.num_images:,}")
+    if first is None:
         return
     # A run that is resumed on another device keeps the precision it began with: its files name one.
-    task = worker_task(config, request, claim.run_id, claim.metadata[PRECISION])
+    task = replace(worker_task(config, request, claim.run_id, claim.metadata[PRECISION]), canaries=reference)
     if request.base is not None:  # otherwise it was checked before the claim
         dataset.check_model(task, resources.device)
-    progress = Progress(sealed.counts["planned"], plan.num_objects(request.output, sealed, finished))
     try:
-        for unit in dataset.label_units(task, resources, work):
+        for unit in dataset.label_units(task, resources, itertools.chain([first], work)):
             progress.add(unit)
             heartbeat.beat()
             crash_point("part-committed")
@@ -206,6 +237,20 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
+
+
+def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:
+    """The units without a part, in order, a range in memory; those with one are told to `progress`."""
+    for each in sealed.ranges:
+        if not each.num_units:
+            continue
+        finished = parts.finished_units(output, sealed.run_id, each.range_id)
+        for chunk in plan.read_range(output, sealed.run_id, each.range_id).chunks:
+            for unit_id, num_rows in zip(chunk.unit_ids, chunk.unit_rows, strict=True):
+                if unit_id in finished:
+                    progress.skip(num_rows)
+                else:
+                    yield dataset.Work(each.range_id, unit_id, chunk.key)
 
 
 def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[], None]) -> State:
@@ -218,29 +263,30 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
     elif claim is not None and fate == "sealed":
         start_engine()
         _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
-        sealed = plan.read(output, claim.run_id)
-        if sealed is None:
-            raise ConflictError(
-                f"{output.root}: run {claim.run_id} was publishing, but its plan.json is gone; restore it"
-            )
         with _engine_errors():
-            outcomes = publish.read_outcomes(output, claim, sealed)
-            entry = publish.publish(output, claim, sealed, state.newest(claim.identity["space_id"]), outcomes, _now())
-        _log.info("published run %s: %s", entry.run_id, _counts_text(entry))
+            published = publish.finish(output, claim, state.newest(claim.identity["space_id"]), _now())
+        _log.info("published run %s: %s", claim.run_id, _counts_text(published.entry))
+        _settle_report(output, published, state)
         state = log.read(output)
     return state
 
 
-def _settle_report(output: Store, entry: Entry) -> None:
+def _settle_report(output: Store, published: Published, state: State) -> None:
     """Make the report of a published run say so, where its own driver died before it could."""
+    entry = published.entry
     report = Report.read(output, entry.run_id) or Report(run_id=entry.run_id)
     if report.exit_code != 0:
-        _complete(report, entry, output)
+        _complete(report, published, output, state)
         report.exit_code, report.ended_at = 0, entry.committed_at
         report.write(output)
 
 
-def _complete(report: Report, entry: Entry, output: Store) -> None:
+def _complete(report: Report, published: Published, output: Store, state: State) -> None:
+    entry, profile = published
+    earlier = [each.run_id for each in reversed(state.runs) if each.space_id == entry.space_id]
+    if profile.num_images:
+        for line in report.add_profile(output, profile, (each for each in earlier if each != entry.run_id)):
+            _log.warning("drift: %s", line)
     report.run_date, report.model_id, report.model_revision = entry.run_date, entry.model_id, entry.model_revision
     report.space_id, report.counts, report.failures = entry.space_id, entry.counts, entry.failures
     files = {"labels": entry.labels, "failures": entry.dead_letters, "deletions": entry.deletions}

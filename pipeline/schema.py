@@ -10,15 +10,19 @@ A failure is marked in place (`failure_kind` is not null), so no stage drops, ad
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
-"""Version of everything below. A reader refuses a higher one."""
+SCHEMA_VERSION = 2
+"""Version of everything below and of the log. A reader refuses another one. Version 1 had its state per run, not per
+key range."""
 
+_VERSION = b"label_bucket.schema_version"
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 OBJECTS = pa.schema(
@@ -175,6 +179,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def with_metadata(schema: pa.Schema, metadata: Mapping[str, str]) -> pa.Schema:
-    """`schema` with `metadata` (strings) and the schema version as its footer metadata."""
-    return schema.with_metadata({"label_bucket.schema_version": str(SCHEMA_VERSION), **metadata})
+def encode(table: pa.Table, metadata: Mapping[str, str] | None = None, *, row_group_rows: int = 16_384) -> bytes:
+    """`table` as the bytes of a Parquet file whose footer says `metadata` and the schema version.
+
+    zstd 1; embeddings byte-stream-split without dictionary or statistics. Deterministic for one pyarrow version.
+    129.9 MB against 158.0 MB with pyarrow's defaults for 100k x 384 float32.
+    """
+    options: dict[str, Any] = {}
+    if "embedding" in table.column_names:
+        leaf = "embedding.list.element"
+        flat = [name for name in table.column_names if not pa.types.is_nested(table.schema.field(name).type)]
+        options = {
+            "column_encoding": {leaf: "BYTE_STREAM_SPLIT"},
+            "use_dictionary": [*flat, "label_ids.list.element", "label_names.list.element"],
+            "write_statistics": flat,
+        }
+    sink = io.BytesIO()
+    table = table.replace_schema_metadata({_VERSION.decode(): str(SCHEMA_VERSION), **(metadata or {})})
+    pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=row_group_rows, **options)
+    return sink.getvalue()
+
+
+def version_of(file_schema: pa.Schema) -> int | None:
+    """The schema version that a file's footer says; None for a file that this program did not write."""
+    found = (file_schema.metadata or {}).get(_VERSION, b"").decode()
+    return int(found) if found.isdigit() else None

@@ -44,6 +44,8 @@ class Store(Protocol):
     """Objects below a root URL. Every method raises `SourceError` or one of its kinds, and nothing else."""
 
     root: str
+    can_seek: bool
+    """Whether a listing that starts after some key costs only the pages that follow."""
 
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """Objects whose key starts with `prefix` and comes after `start_after`, in UTF-8 byte order, by the page."""
@@ -65,6 +67,11 @@ class Store(Protocol):
 def describe(error: BaseException) -> str:
     """An exception as one line without the line breaks that some servers put into their messages."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def may_hold_keys_after(folder: str, start_after: str) -> bool:
+    """Whether a folder (with its slash) can hold a key greater than `start_after`."""
+    return folder > start_after or start_after.startswith(folder)
 
 
 class AgainError(Exception):

@@ -21,6 +21,8 @@ _T = TypeVar("_T")
 class FsspecStore:
     """Objects below any other fsspec URL: an input only. What the listing calls etag, checksum or time is the etag."""
 
+    can_seek = False
+
     def __init__(self, root: str) -> None:
         self.root = root
         try:
@@ -33,7 +35,7 @@ class FsspecStore:
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """See Store. Folder by folder, each sorted so that the whole is in byte order."""
         page: list[ObjectInfo] = []
-        for info in self._walk(self._path, ""):
+        for info in self._walk(self._path, "", start_after):
             if info.key.startswith(prefix) and info.key.encode() > start_after.encode():
                 page.append(info)
                 if len(page) == store.PAGE_OBJECTS:
@@ -42,7 +44,7 @@ class FsspecStore:
         if page:
             yield page
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[ObjectInfo]:
+    def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         what = f"list {self.root}/{prefix}"
         entries = until_deadline(
             lambda: self._guard(what, self._filesystem.ls, folder, detail=True), what, store.DEADLINE_S
@@ -53,7 +55,8 @@ class FsspecStore:
             named.append((f"{name}/" if entry["type"] == "directory" else name, entry))
         for name, entry in sorted(named, key=lambda item: item[0].encode()):
             if name.endswith("/"):
-                yield from self._walk(entry["name"], prefix + name)
+                if store.may_hold_keys_after(prefix + name, start_after):
+                    yield from self._walk(entry["name"], prefix + name, start_after)
                 continue
             if entry.get("size") is None:  # a web server's folder does not say
                 ask = functools.partial(self._guard, what, self._filesystem.info, entry["name"])

@@ -39,6 +39,8 @@ def _local_errors(what: str) -> Iterator[None]:
 class LocalStore:
     """Files below a folder. Identity of a file is (size, mtime_ns, inode), compared again after it was read."""
 
+    can_seek = False
+
     def __init__(self, root: str) -> None:
         self.root = root
         self._path = Path(root.removeprefix("file://"))
@@ -53,7 +55,7 @@ class LocalStore:
             if not start.is_dir():
                 return
             page: list[ObjectInfo] = []
-            for key, path in _walk(start, f"{folder}/" if folder else ""):
+            for key, path in _walk(start, f"{folder}/" if folder else "", start_after):
                 _check_utf8(self.root, key)
                 if not key.startswith(prefix) or key <= start_after:
                     continue
@@ -144,8 +146,10 @@ def _what_is(path: Path) -> str:
     return "a file" if path.exists() else "nothing"
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    """Files below `folder` as (key, path), in byte order of the whole key: a folder sorts as its name plus a slash."""
+def _walk(folder: Path, prefix: str, start_after: str) -> Iterator[tuple[str, Path]]:
+    """Files below `folder` as (key, path), in byte order of the whole key: a folder sorts as its name plus a slash.
+    Folders whose keys all come before `start_after` are not opened.
+    """
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:  # deleted since its parent was read
@@ -154,6 +158,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
         found = [(entry.name + "/" if entry.is_dir(follow_symlinks=False) else entry.name, entry) for entry in entries]
     for name, entry in sorted(found, key=lambda item: os.fsencode(item[0])):
         if name.endswith("/"):
-            yield from _walk(folder / entry.name, prefix + name)
+            if store.may_hold_keys_after(prefix + name, start_after):
+                yield from _walk(folder / entry.name, prefix + name, start_after)
         elif entry.is_file():
             yield prefix + name, folder / entry.name

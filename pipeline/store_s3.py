@@ -91,6 +91,8 @@ def _translate(error: BaseException, what: str) -> Exception:
 class S3Store:
     """Objects below `s3://bucket/prefix` through s3fs's client."""
 
+    can_seek = True
+
     def __init__(self, root: str) -> None:
         self.root = root
         self._bucket, _, prefix = root.removeprefix("s3://").partition("/")

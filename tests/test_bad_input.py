@@ -91,7 +91,7 @@ def test_an_empty_prefix(job: Job, bucket: str, model: str) -> None:
 
 def test_filters_that_match_nothing(job: Job, images: str, model: str, tmp_path: Path) -> None:
     found = job("--input", images, "--output", str(tmp_path / "out"), "--model", model, "--include", "*.tiff")
-    _assert_one_line(found, 2, "none of its 5 objects match", "*.tiff")
+    _assert_one_line(found, 2, "none of its objects match", "*.tiff")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +159,7 @@ def test_another_schema_of_the_same_space(job: Job, images: str, model: str, tmp
     space = checkpoint.space_id(found, spec, "pooled", decode_rules_version=decode.DECODE_RULES_VERSION)
     out = tmp_path / "out"
     root = storage.connect(images).root
-    _publish(out, {"input": root, "space_id": space, "include": [], "exclude": [], "top_k": 3, "embedding_dim": 24})
+    _publish(out, {"input": root, "space_id": space, "include": [], "exclude": [], "top_k": 3})
     refused = job("--input", images, "--output", str(out), "--model", model)
     _assert_one_line(refused, 5, space, "holds 3 labels per image", "--top-k 5")
 
@@ -168,9 +168,11 @@ def test_a_log_of_a_newer_program(job: Job, images: str, model: str, tmp_path: P
     out = tmp_path / "out"
     _publish(out, {"input": storage.connect(images).root, "space_id": "x"})
     entry = out / "_log" / "00000001.json"
-    entry.write_text(entry.read_text().replace('"schema_version": 1', f'"schema_version": {schema.SCHEMA_VERSION + 1}'))
+    entry.write_text(
+        entry.read_text().replace(f'version": {schema.SCHEMA_VERSION}', f'version": {schema.SCHEMA_VERSION + 1}')
+    )
     found = job("--input", images, "--output", str(out), "--model", model)
-    _assert_one_line(found, 5, "schema version 2", "use a newer one")
+    _assert_one_line(found, 5, "expected schema version", "found 3", "use the version of this program")
 
 
 def test_an_unknown_flag_and_a_misspelt_variable(

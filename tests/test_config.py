@@ -359,42 +359,11 @@ def test_config_is_frozen_and_survives_pickle_and_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--run-date", "2026-11-22"],
-        ["--max-failed-fraction", "0.5"],
-        ["--gpu-actors", "3"],
-        ["--batch-size", "8"],
-        ["--log-level", "DEBUG"],
-        ["--device", "cpu"],
-        ["--dry-run"],
-        ["--abandon-run"],
-        ["--include", "b", "--include", "a", "--include", "b"],
-    ],
+    ("flags", "expected"),
+    [([], "changed"), (["--retry-failed"], "failed"), (["--full"], "all"), (["--full", "--retry-failed"], "all")],
 )
-def test_identity_ignores_what_does_not_change_the_rows(flags: list[str]) -> None:
-    base = ["--include", "a", "--include", "b"]
-    assert load(*(flags if "--include" in flags else [*base, *flags])).identity() == load(*base).identity()
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--include", "a"],
-        ["--exclude", "a"],
-        ["--limit", "3"],
-        ["--top-k", "3"],
-        ["--embedding", "none"],
-        ["--preprocess", "paper"],
-    ],
-)
-def test_identity_changes_with_what_changes_the_rows(flags: list[str]) -> None:
-    assert load(*flags).identity() != load().identity()
-
-
-def test_identity_is_the_same_for_every_spelling_of_the_input() -> None:
-    other = load_config(["--input", "s3://shop/photos///", "--output", "s3://shop-labels"], {})
-    assert other.identity() == load().identity()
+def test_what_is_labeled_again_follows_from_the_flags(flags: list[str], expected: str) -> None:
+    assert load(*flags).relabel == expected
 
 
 def test_reading_the_config_imports_neither_torch_nor_ray_nor_a_store() -> None:

@@ -11,7 +11,8 @@ import pytest
 import ray
 from cluster import Head
 
-from pipeline import canary, checkpoint, dataset, decode, parts, plan, run, schema, storage
+from pipeline import canary, catalog, checkpoint, dataset, decode, parts, plan, run, schema, storage
+from pipeline.diff import Rules
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.listing import Scope
@@ -27,7 +28,7 @@ def driver(head: Head) -> Iterator[Head]:
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> tuple[dataset.Task, plan.Plan]:
+def planned(tmp_path: Path) -> tuple[dataset.Task, plan.RangePlan]:
     """A plan of 5 units over 320 pictures, and what its workers have to know."""
     for index in range(40):
         file = draw_file(5, index, broken_fraction=0.1)
@@ -39,14 +40,12 @@ def planned(tmp_path: Path) -> tuple[dataset.Task, plan.Plan]:
     spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
     source, output = storage.connect(str(tmp_path / "in")), storage.connect(str(tmp_path / "out"))
     planned_range = plan.plan_range(
-        source.root,
-        output.root,
+        source,
+        output,
         "run",
-        Scope(),
-        [],
-        max_unit_rows=plan.max_unit_rows(spec.input_px),
-        limit=None,
-        records_deletions=True,
+        catalog.between([])[0],
+        Rules(scope=Scope(), limit=None, records_deletions=True),
+        plan.UnitSizes.of(spec.input_px, 1),
     )
     task = dataset.Task(
         input_url=source.root,
@@ -63,18 +62,20 @@ def planned(tmp_path: Path) -> tuple[dataset.Task, plan.Plan]:
         precision="fp32",
         batch_size=None,
     )
-    return task, plan.seal(output, "run", [planned_range])
+    return task, planned_range
 
 
-def _work(sealed: plan.Plan) -> list[dataset.Work]:
-    return [dataset.Work(unit_id, chunk.key) for chunk in sealed.chunks for unit_id in chunk.unit_ids]
+def _work(planned: plan.RangePlan) -> list[dataset.Work]:
+    return [
+        dataset.Work(planned.range_id, unit_id, chunk.key) for chunk in planned.chunks for unit_id in chunk.unit_ids
+    ]
 
 
 @pytest.mark.parametrize("num_gpus", [0, 2])
 @pytest.mark.parametrize("num_cpus", [1, 2, 64])
 def test_no_two_stages_are_fused_on_any_cluster(
     driver: Head,
-    planned: tuple[dataset.Task, plan.Plan],
+    planned: tuple[dataset.Task, plan.RangePlan],
     capsys: pytest.CaptureFixture[str],
     num_cpus: int,
     num_gpus: int,
@@ -96,18 +97,18 @@ def test_no_two_stages_are_fused_on_any_cluster(
 
 
 def test_one_unit_is_one_block_one_task_in_each_stage_and_one_part(
-    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
 ) -> None:
     task, sealed = planned
     resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
     built = dataset.build(task, resources, _work(sealed)).materialize()
     rows = built.take_all()
     stats = built.stats()
-    assert sealed.num_units == len(rows) == 5
+    assert sealed.summary().num_units == len(rows) == 5
     for name in ("_prepare", "_Label", "_commit"):
         assert f"MapBatches({name}): 5 tasks executed, 5 blocks produced" in stats, stats
     output = storage.connect(task.output_url)
-    assert parts.finished_units(output, "run") == {work.unit_id for work in _work(sealed)}
+    assert parts.finished_units(output, "run", sealed.range_id) == {work.unit_id for work in _work(sealed)}
     assert sum(row["num_rows"] for row in rows) == 320
 
 
@@ -120,7 +121,7 @@ def test_a_gpu_that_the_cluster_does_not_have_is_refused(driver: Head) -> None:
 
 
 def test_an_actor_whose_node_lacks_the_device_says_so_with_its_first_unit(
-    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
 ) -> None:
     if Path("/dev/nvidia0").exists():
         pytest.skip("this machine has a GPU")
@@ -131,7 +132,7 @@ def test_an_actor_whose_node_lacks_the_device_says_so_with_its_first_unit(
 
 
 def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
-    driver: Head, planned: tuple[dataset.Task, plan.Plan]
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
 ) -> None:
     task, sealed = planned
     vectors = dataset.check_model(task, "cpu")

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def test_what_was_claimed_and_committed_is_read_back(output: Store) -> None:
     assert (first.run_seq, first.base_seq) == (1, 0)
     assert log.read(output) == log.State(entries=[], open_claim=first)
     file = FileRef(key="labels/ä", num_rows=3, size_bytes=10, sha256="0" * 64)
-    entry = entry_of(first, counts={"listed": 3}, failures={}, labels=[file], catalog=[file])
+    entry = entry_of(first, counts={"listed": 3}, failures={}, labels=[file], catalog=file)
     log.commit(output, entry)
     state = log.read(output)
     assert state == log.State(entries=[entry], open_claim=None)
@@ -253,8 +253,28 @@ def test_a_record_of_a_newer_program_is_refused_and_its_version_named(folder: St
     log.commit(folder, entry_of(claim(folder)))
     newer = _edit(schema_version=schema.SCHEMA_VERSION + 1, run_id=None, unheard_of=1)
     folder.put(f"_log/{name}", newer(folder.get(f"_log/{name}")))
-    with pytest.raises(ConflictError, match=f"schema version {schema.SCHEMA_VERSION + 1}, this program knows"):
+    with pytest.raises(ConflictError, match=f"found {schema.SCHEMA_VERSION + 1}; use the version"):
         log.read(folder)
+
+
+def test_a_record_of_the_first_schema_is_refused_too(folder: Store) -> None:
+    log.commit(folder, entry_of(claim(folder)))
+    folder.put("_log/00000001.json", _edit(schema_version=1, catalog=[])(folder.get("_log/00000001.json")))
+    with pytest.raises(ConflictError, match="found 1; use the version"):
+        log.read(folder)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_commit_whose_files_are_gone_or_cut_is_a_conflict_and_names_one(output: Store, damage: str) -> None:
+    output.put("labels/a/1", b"12345")
+    output.put("labels/a/2", b"12345" if damage == "gone" else b"1234")
+    names = ("labels/a/1", "labels/b/3") if damage == "gone" else ("labels/a/1", "labels/a/2")
+    refs = [FileRef(key=name, num_rows=1, size_bytes=5, sha256="") for name in names]
+    entry = entry_of(claim(output), labels=refs)
+    log.check_files(output, replace(entry, labels=refs[:1]))
+    found = "nothing" if damage == "gone" else "4 bytes"
+    with pytest.raises(ConflictError, match=f"{names[1]}: expected the 5 bytes that run .* published, found {found}"):
+        log.check_files(output, entry)
 
 
 def test_fields_that_this_version_does_not_know_are_ignored(folder: Store) -> None:

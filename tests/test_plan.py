@@ -18,11 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan, schema, storage, store
-from pipeline.errors import TRANSIENT, ConflictError, FailureKind, SourceError
+from pipeline import catalog, diff, plan, schema, storage, store
+from pipeline.catalog import CatalogRow, KeyRange
+from pipeline.diff import Listed, Rules
+from pipeline.errors import TRANSIENT, ConflictError, FailureKind, UnstableError
 from pipeline.listing import Scope
 from pipeline.log import FileRef
-from pipeline.plan import CatalogRow, Listed, Plan, Range
+from pipeline.plan import RangePlan, UnitSizes
 from pipeline.storage import ObjectInfo, Store
 
 WHEN = datetime(2026, 11, 22, tzinfo=UTC)
@@ -52,7 +54,7 @@ def row(key: str, etag: str | None = "e1", size_bytes: int = 10, failure_kind: s
 
 
 def join(listed: Sequence[str], known: Sequence[str]) -> list[tuple[Listed | None, CatalogRow | None]]:
-    return list(plan.merge_join((Listed(info(key), True) for key in listed), map(row, known)))
+    return list(diff.merge_join((Listed(info(key), True) for key in listed), map(row, known)))
 
 
 # --- the join -----------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def test_a_listing_out_of_order_or_with_a_page_repeated_is_refused(
     repeated = listed[: second + 1] + listed[first:]
     doubled = listed[: first + 1] + listed[first:]
     for wrong in (swapped, repeated, doubled):
-        with pytest.raises(SourceError, match="not in order"):
+        with pytest.raises(UnstableError, match="not in order"):
             join(wrong, known)
 
 
@@ -99,19 +101,19 @@ def test_a_listing_out_of_order_or_with_a_page_repeated_is_refused(
     ],
 )
 def test_an_outcome_stands_while_the_object_is_the_same(known: CatalogRow, found: ObjectInfo, expected: bool) -> None:
-    assert plan.is_final(known, found) is expected
+    assert diff.is_final(known, found) is expected
 
 
 @pytest.mark.parametrize("kind", list(FailureKind))
 def test_failures_that_may_pass_are_tried_again(kind: FailureKind) -> None:
-    is_final = plan.is_final(row("k", failure_kind=str(kind)), info("k"))
+    is_final = diff.is_final(row("k", failure_kind=str(kind)), info("k"))
     assert is_final is (kind not in TRANSIENT and kind is not FailureKind.ARCHIVED)
 
 
 def test_an_archived_object_is_tried_again_once_it_is_restored() -> None:
     known = row("k", failure_kind="archived")
-    assert plan.is_final(known, info("k")._replace(storage_class="GLACIER"))
-    assert not plan.is_final(known, info("k")._replace(storage_class="STANDARD"))
+    assert diff.is_final(known, info("k")._replace(storage_class="GLACIER"))
+    assert not diff.is_final(known, info("k")._replace(storage_class="STANDARD"))
 
 
 # --- a whole range ------------------------------------------------------------------------------------------------
@@ -136,33 +138,52 @@ class Place:
     def remember(self, rows: Sequence[CatalogRow], *, rows_per_file: int = 7) -> None:
         for number, start in enumerate(range(0, len(rows), rows_per_file)):
             some = rows[start : start + rows_per_file]
-            data = plan.to_parquet(pa.Table.from_pylist(list(some), schema.CATALOG))
+            data = schema.encode(pa.Table.from_pylist(list(some), schema.CATALOG))
             key = f"_catalog/{number}.parquet"
             self.output.put(key, data)
-            sha256 = hashlib.sha256(data).hexdigest()
-            self.catalog.append(FileRef(key=key, num_rows=len(some), size_bytes=len(data), sha256=sha256))
+            self.catalog.append(
+                FileRef(
+                    key=key,
+                    num_rows=len(some),
+                    size_bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                    first_key=some[0]["key"],
+                    last_key=some[-1]["key"],
+                )
+            )
 
-    def options(self, **options: Any) -> dict[str, Any]:
-        return {"scope": Scope(), "catalog": self.catalog, "limit": None, "records_deletions": True, **options}
+    @property
+    def whole(self) -> KeyRange:
+        (key_range,) = catalog.ranges(self.catalog, is_divisible=False)
+        return key_range
 
-    def plan(self, run_id: str = RUN, max_unit_rows: int = 1024, **options: Any) -> Range:
-        urls = storage.normalize(str(self.source)), self.output.root
-        return plan.plan_range(*urls, run_id, max_unit_rows=max_unit_rows, **self.options(**options))
+    def rules(self, **options: Any) -> Rules:
+        return Rules(**{"scope": Scope(), "limit": None, "records_deletions": True, **options})
 
-    def preview(self, max_unit_rows: int = 1024, **options: Any) -> Plan:
-        urls = storage.normalize(str(self.source)), self.output.root
-        return plan.preview(*urls, max_unit_rows=max_unit_rows, **self.options(**options))
+    def plan(
+        self, run_id: str = RUN, max_unit_rows: int = 1024, key_range: KeyRange | None = None, **options: Any
+    ) -> RangePlan:
+        sizes = UnitSizes(max_unit_rows, has_ramp=True)
+        stores = storage.connect(str(self.source)), self.output
+        return plan.plan_range(*stores, run_id, key_range or self.whole, self.rules(**options), sizes)
 
-    def units(self, planned: Range) -> Iterator[tuple[str, pa.Table]]:
+    def preview(self, max_unit_rows: int = 1024, **options: Any) -> RangePlan:
+        stores = storage.connect(str(self.source)), self.output
+        return plan.preview_range(*stores, self.whole, self.rules(**options), UnitSizes(max_unit_rows, has_ramp=True))
+
+    def units(self, planned: RangePlan) -> Iterator[tuple[str, pa.Table]]:
         for chunk in planned.chunks:
             for unit_id in chunk.unit_ids:
                 yield unit_id, plan.read_unit(self.output, chunk.key, unit_id)
 
-    def planned_keys(self, planned: Range) -> list[str]:
+    def planned_keys(self, planned: RangePlan) -> list[str]:
         return [key for _, table in self.units(planned) for key in table.column("key").to_pylist()]
 
-    def deleted_keys(self, planned: Range) -> list[str]:
+    def deleted_keys(self, planned: RangePlan) -> list[str]:
         return [each["key"] for file in planned.deletions for each in self.read(file)]
+
+    def keys(self) -> list[str]:
+        return sorted(storage.list_keys(self.output, ""))
 
     def read(self, key: str) -> list[dict[str, Any]]:
         return list(pq.read_table(pa.BufferReader(self.output.get(key))).to_pylist())
@@ -235,11 +256,11 @@ def test_every_object_is_planned_unchanged_deleted_or_filtered(
         for unit_id, table in place.units(planned):
             assert plan.unit_id(table) == unit_id
             assert len(table) <= max_unit_rows
-        assert sum(chunk.num_objects for chunk in planned.chunks) == len(to_do)
+        assert sum(sum(chunk.unit_rows) for chunk in planned.chunks) == len(to_do)
         assert sum(chunk.encoded_bytes for chunk in planned.chunks) == sum(listed[key].size_bytes for key in to_do)
 
 
-def _sizes(place: Place, planned: Range) -> list[int]:
+def _sizes(place: Place, planned: RangePlan) -> list[int]:
     return [len(table) for _, table in place.units(planned)]
 
 
@@ -253,14 +274,20 @@ def test_units_grow_along_the_ramp(place: Place) -> None:
 
 
 def test_the_ramp_ends_at_the_largest_unit_and_never_exceeds_it() -> None:
-    assert list(itertools.islice(plan._row_limits(1024), 34)) == [64] * 16 + [256] * 16 + [1024] * 2
-    assert set(itertools.islice(plan._row_limits(100), 40)) == {64, 100}
-    assert set(itertools.islice(plan._row_limits(3), 40)) == {3}
+    assert list(itertools.islice(plan._row_limits(1024, has_ramp=True), 34)) == [64] * 16 + [256] * 16 + [1024] * 2
+    assert set(itertools.islice(plan._row_limits(100, has_ramp=True), 40)) == {64, 100}
+    assert set(itertools.islice(plan._row_limits(3, has_ramp=True), 40)) == {3}
+
+
+def test_a_plan_of_several_ranges_has_large_units_from_the_start() -> None:
+    assert UnitSizes.of(224, 1) == (1024, True)
+    assert UnitSizes.of(224, 2) == (1024, False)
+    assert set(itertools.islice(plan._row_limits(1024, has_ramp=False), 40)) == {1024}
 
 
 @pytest.mark.parametrize(("input_px", "expected"), [(64, 1024), (224, 1024), (384, 361), (8000, 1)])
 def test_the_largest_unit_is_bounded_by_its_model_input(input_px: int, expected: int) -> None:
-    assert plan.max_unit_rows(input_px) == expected
+    assert UnitSizes.of(input_px, 1).max_unit_rows == expected
     assert expected == 1 or expected * input_px * input_px * 3 <= plan.MAX_UNIT_INPUT_BYTES
 
 
@@ -358,28 +385,19 @@ def test_the_first_seal_wins(place: Place) -> None:
     place.write({"a": 1, "b": 2})
     planned = place.plan()
     assert plan.read(place.output, RUN) is None
-    sealed = plan.seal(place.output, RUN, [planned])
-    other = dataclasses.replace(planned, chunks=[], counts={**planned.counts, "planned": 0})
+    sealed = plan.seal(place.output, RUN, [planned.summary()])
+    other = dataclasses.replace(planned.summary(), num_units=0, counts={**planned.counts, "planned": 0})
     assert plan.seal(place.output, RUN, [other]) == sealed == plan.read(place.output, RUN)
     assert (sealed.num_units, sealed.encoded_bytes, sealed.counts) == (1, 3, planned.counts)
+    assert plan.read_range(place.output, RUN, planned.range_id) == planned
 
 
 def test_the_counts_of_a_plan_are_the_sums_of_its_ranges(place: Place) -> None:
     place.write({"a": 1, "b": 2})
-    planned = place.plan()
+    planned = place.plan().summary()
     sealed = plan.seal(place.output, RUN, [planned, dataclasses.replace(planned, range_id="0001")])
     assert sealed.counts == {name: 2 * number for name, number in planned.counts.items()}
     assert sealed.num_units == 2
-
-
-def test_objects_of_some_units_are_counted(place: Place) -> None:
-    place.write({f"{number:03d}": 1 for number in range(40)})
-    sealed = plan.seal(place.output, RUN, [place.plan(max_unit_rows=2)])
-    ids = [unit_id for chunk in sealed.chunks for unit_id in chunk.unit_ids]
-    assert len(sealed.chunks) == 2
-    assert plan.num_objects(place.output, sealed, set()) == 0
-    assert plan.num_objects(place.output, sealed, {*ids, "of another run"}) == 40
-    assert plan.num_objects(place.output, sealed, {*ids[:17]}) == 34
 
 
 def test_a_preview_writes_nothing(place: Place) -> None:
@@ -442,6 +460,6 @@ def test_a_damaged_catalog_is_a_conflict_and_named(place: Place, damage: str) ->
     elif damage == "flipped":
         path.write_bytes(data[:1000] + bytes([data[1000] ^ 1]) + data[1001:])
     else:
-        path.write_bytes(plan.to_parquet(pa.Table.from_pylist([row("x")], schema.CATALOG)))
+        path.write_bytes(schema.encode(pa.Table.from_pylist([row("x")], schema.CATALOG)))
     with pytest.raises(ConflictError, match=r"_catalog/0\.parquet: .*restore it"):
-        list(plan.read_catalog(place.output, place.catalog))
+        list(catalog.read_rows(place.output, place.catalog))

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parts import DIM, unit
-from test_plan import Place, row, some_keys
+from test_parts import DIM, RANGE, unit
+from test_plan import Place, row
 
-from pipeline import parts, plan, publish, schema, storage
-from pipeline.errors import TRANSIENT, BudgetError, ConflictError
+from pipeline import catalog, outcomes, parts, plan, publish, schema, storage
+from pipeline.errors import TRANSIENT, ConflictError
 from pipeline.log import Claim
+from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
-from pipeline.plan import Plan
-from pipeline.publish import FilePlan, Outcomes
+from pipeline.plan import Range, RangePlan
+from pipeline.publish import FileGroup
 from pipeline.storage import Store
 
 CLAIM = Claim(
@@ -58,61 +59,6 @@ def part(number: int, *, num_labeled: int = 64, num_failed: int = 0, size_bytes:
     )
 
 
-# --- budget and accounts ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("failures", "fraction", "is_allowed"),
-    [
-        ({}, 0.0, True),
-        ({"corrupt": 20}, 0.0, True),  # the floor
-        ({"corrupt": 21}, 0.0, False),
-        ({"corrupt": 45}, 0.05, True),  # 5 % of the 900 in scope, also those that are not tonight's
-        ({"corrupt": 40, "missing": 6}, 0.05, False),
-        ({"not_an_image": 600}, 0.0, True),
-        ({"not_an_image": 500, "truncated": 21}, 0.0, False),
-        ({"corrupt": 600}, 1.0, True),
-    ],
-)
-def test_the_budget_is_a_share_of_all_objects_in_scope(
-    failures: dict[str, int], fraction: float, is_allowed: bool
-) -> None:
-    if is_allowed:
-        publish.check_budget(failures, COUNTS, fraction)
-        return
-    with pytest.raises(BudgetError, match=r"of 900 objects failed, \d+ are allowed") as caught:
-        publish.check_budget(failures, COUNTS, fraction)
-    assert all(f"{number} {kind}" in str(caught.value) for kind, number in failures.items())
-
-
-@pytest.mark.parametrize(("labeled", "failed"), [(600, 0), (0, 600), (590, 10)])
-def test_accounts_that_add_up_pass(labeled: int, failed: int) -> None:
-    publish.check_accounts(COUNTS, labeled, failed, CLAIM, num_in_catalog=410)
-
-
-@pytest.mark.parametrize(
-    ("changes", "labeled", "failed"),
-    [
-        ({}, 599, 0),
-        ({}, 600, 1),
-        ({"listed": 1001}, 600, 0),
-        ({"unchanged": 299}, 600, 0),
-        ({"unchanged": 299}, 601, 0),  # adds up to what was listed, but is not what was planned
-        ({"filtered": 101}, 599, 0),
-    ],
-)
-def test_one_object_too_many_or_too_few_is_a_conflict(changes: dict[str, int], labeled: int, failed: int) -> None:
-    with pytest.raises(ConflictError, match="do not add up, nothing was published: listed"):
-        publish.check_accounts({**COUNTS, **changes}, labeled, failed, CLAIM, num_in_catalog=410)
-
-
-def test_an_object_of_the_last_catalog_that_is_neither_listed_nor_deleted_is_a_conflict() -> None:
-    with pytest.raises(
-        ConflictError, match="the last catalog has 411 objects, of which 400 are listed, 3 out of scope and 7"
-    ):
-        publish.check_accounts(COUNTS, 600, 0, CLAIM, num_in_catalog=411)
-
-
 # --- layout -------------------------------------------------------------------------------------------------------
 
 
@@ -129,103 +75,143 @@ some_parts = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integer
 def test_every_labeled_row_is_in_one_file_of_labels_and_every_failure_in_one_of_failures(
     summaries: list[PartSummary], capacity: int
 ) -> None:
+    found = [(f"{number // 3:05d}", each) for number, each in enumerate(summaries)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publish, "TARGET_FILE_BYTES", capacity)
-        patch.setattr(publish, "MAX_FAILURES_PER_FILE", 10)
-        files = list(publish._layout(CLAIM, Outcomes(parts=summaries)))
-    for kind, wanted in (
-        ("labels", [each for each in summaries if each.num_labeled]),
-        ("failures", [each for each in summaries if each.num_failed]),
-    ):
-        of_kind = [file for file in files if file.kind == kind]
-        assert [pair for file in of_kind for pair in file.parts.items()] == [
-            (each.unit_id, each.sha256) for each in wanted
-        ]
-        assert all(file.parts for file in of_kind)
-        assert [file.key for file in of_kind] == [
-            f"{kind}/space=deit-01234567/run_date=2026-11-22/part-00000007-0123abcd-{number:05d}.parquet"
-            for number in range(len(of_kind))
-        ]
-    by_id = {each.unit_id: each for each in summaries}
-    for file in files:
-        if file.kind == "failures" and len(file.parts) > 1:
-            assert sum(by_id[unit_id].num_failed for unit_id in file.parts) <= 10
+        patch.setattr(publish, "MAX_FILE_BYTES", capacity)
+        patch.setattr(publish, "MAX_FILE_FAILURES", 10)
+        for kind in ("labels", "failures"):
+            files = list(publish._cut(kind, found))
+            meant = [
+                (range_id, each)
+                for range_id, each in found
+                if (each.num_labeled if kind == "labels" else each.num_failed)
+            ]
+            assert [source for file in files for source in file] == [
+                (range_id, each.unit_id, each.sha256) for range_id, each in meant
+            ]
+            assert all(files)
 
 
-def test_files_of_a_large_run_are_between_64_and_96_mib() -> None:
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_every_range_with_rows_of_a_kind_is_in_one_group_of_that_kind_in_order(
+    drawn: list[tuple[int, int, int]],
+) -> None:
+    totals = [
+        RangeTotals(
+            range_id=f"{number:05d}",
+            sha256="",
+            num_labeled=label_bytes,
+            label_bytes=label_bytes,
+            failures={"corrupt": failed} if failed else {},
+        )
+        for number, (label_bytes, failed, _) in enumerate(drawn)
+    ]
+    ranges = [
+        Range(range_id=each.range_id, counts={**dict.fromkeys(COUNTS, 0), "deleted": deleted})
+        for each, (_, _, deleted) in zip(totals, drawn, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publish, "TARGET_FILE_BYTES", 500)
+        patch.setattr(publish, "MAX_FILE_FAILURES", 50)
+        groups = list(publish._groups(plan.total("run", ranges), totals))
+    for place, kind in enumerate(("labels", "failures", "deletions")):
+        of_kind = [group for group in groups if group.kind == kind]
+        assert [group.number for group in of_kind] == list(range(len(of_kind)))
+        assert [range_id for group in of_kind for range_id in group.range_ids] == [
+            each.range_id for each, weights in zip(totals, drawn, strict=True) if weights[place]
+        ]
+        enough = 500 if kind == "labels" else 50
+        weight_of = {each.range_id: weights[place] for each, weights in zip(totals, drawn, strict=True)}
+        for group in of_kind[:-1]:
+            weights = [weight_of[range_id] for range_id in group.range_ids]
+            assert sum(weights) >= enough > sum(weights[:-1])
+
+
+@pytest.mark.parametrize("num_parts", [66, 100, 1000])
+def test_files_of_a_large_range_are_between_64_and_96_mib(num_parts: int) -> None:
     size_bytes = 3 * 2**20  # 1024 rows of 768 floats
-    summaries = [part(number, num_labeled=1024, size_bytes=size_bytes) for number in range(100)]
-    files = list(publish._layout(CLAIM, Outcomes(parts=summaries)))
-    sizes = [len(file.parts) * size_bytes for file in files]
-    assert sum(sizes) == 100 * size_bytes
-    assert all(64 * 2**20 <= size <= storage.MAX_PUT_BYTES for size in sizes[:-1])
+    found = [("00000", part(number, num_labeled=1024, size_bytes=size_bytes)) for number in range(num_parts)]
+    sizes = [len(file) * size_bytes for file in publish._cut("labels", found)]
+    assert sum(sizes) == num_parts * size_bytes
+    assert all(64 * 2**20 <= size <= storage.MAX_PUT_BYTES for size in sizes)
 
 
-def test_a_run_without_rows_has_no_files() -> None:
-    assert list(publish._layout(CLAIM, Outcomes(parts=[]))) == []
+def test_a_range_without_rows_has_no_files() -> None:
+    assert list(publish._cut("labels", [])) == []
+
+
+def _seal(output: Store, claim: Claim, *numbers: int) -> None:
+    (planned,) = catalog.between([])
+    ranges = [Range(range_id=planned.range_id, counts=COUNTS)]
+    label_bytes = sum(numbers)
+    totals = RangeTotals(
+        range_id=planned.range_id, sha256="", num_labeled=label_bytes, label_bytes=label_bytes, failures={}
+    )
+    publish.seal(output, claim, plan.total(claim.run_id, ranges), [totals])
 
 
 def test_a_run_is_either_sealed_or_abandoned_whichever_came_first(output: Store) -> None:
     sealed, given_up = replace(CLAIM, run_id="00000007-aaaaaaaa"), replace(CLAIM, run_id="00000007-bbbbbbbb")
-    publish._seal_layout(output, sealed, Outcomes(parts=[part(0)]))
+    _seal(output, sealed, 1)
     with pytest.raises(ConflictError, match="00000007-aaaaaaaa has begun to publish and cannot be abandoned"):
         publish.abandon(output, sealed, "t")
     publish.abandon(output, given_up, "t")
     assert publish.fate(output, given_up.run_id) == "abandoned"
     with pytest.raises(ConflictError, match="00000007-bbbbbbbb was abandoned by another command"):
-        publish._seal_layout(output, given_up, Outcomes(parts=[part(0)]))
+        _seal(output, given_up, 1)
 
 
-def test_the_first_layout_that_is_sealed_stays(output: Store) -> None:
+def test_the_first_seal_stays(output: Store) -> None:
     assert publish.fate(output, CLAIM.run_id) == "open"
-    first = publish._seal_layout(output, CLAIM, Outcomes(parts=[part(0), part(1, num_failed=2)]))
+    _seal(output, CLAIM, 1, 2)
     assert publish.fate(output, CLAIM.run_id) == "sealed"
-    assert publish._seal_layout(output, CLAIM, Outcomes(parts=[part(5)])) == first
-    assert [(file.kind, file.parts) for file in first] == [
-        ("labels", {"u0000": "s0000", "u0001": "s0001"}),
-        ("failures", {"u0001": "s0001"}),
-    ]
+    first = publish._read_seal(output, CLAIM.run_id)
+    _seal(output, CLAIM, 5)
+    assert publish._read_seal(output, CLAIM.run_id) == first
+    assert (first.num_labeled, [group.kind for group in first.groups]) == (3, ["labels", "deletions"])
 
 
-# --- catalog ------------------------------------------------------------------------------------------------------
+def test_the_first_layout_of_a_group_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Place(tmp_path)
+    place.write({f"{number:02d}": 1 for number in range(50)})
+    claim, planned = run_range(place, {"03": "corrupt"})
+    totals = [outcomes.summarize_range(place.output, claim.run_id, 7, planned.range_id)]
+    group = FileGroup(kind="labels", number=0, range_ids=[planned.range_id])
+    first = publish.lay_out(place.output, claim.run_id, group, totals)
+    monkeypatch.setattr(publish, "MAX_FILE_BYTES", 1)
+    assert publish.lay_out(place.output, claim.run_id, group, []) == first
+    assert [unit_id for _, unit_id, _ in first[0]] == planned.chunks[0].unit_ids
 
 
-@given(some_keys, some_keys, st.sets(st.integers(0, 24)))
-@settings(deadline=None, max_examples=100, derandomize=True)
-def test_the_new_catalog_is_the_old_one_without_what_is_gone_and_with_what_is_fresh(
-    old: list[str], fresh: list[str], gone_places: set[int]
-) -> None:
-    gone = [key for place, key in enumerate(old) if place in gone_places and key not in fresh]
-    old_rows, fresh_rows = [row(key) for key in old], [row(key, etag="fresh") for key in fresh]
-    merged = list(publish.merge_catalog(iter(old_rows), iter(gone), iter(fresh_rows)))
-    expected = {each["key"]: each for each in [*old_rows, *fresh_rows] if each["key"] not in gone}
-    assert merged == [expected[key] for key in sorted(expected, key=str.encode)]
-
-
-def _run(place: Place, failure_of: dict[str, str]) -> tuple[Claim, Plan]:
+def run_range(
+    place: Place, failure_of: dict[str, str], claim: Claim = CLAIM, **options: Any
+) -> tuple[Claim, RangePlan]:
     """Plan what is new and commit a part for every unit, in which these keys fail."""
-    claim = replace(CLAIM, identity={**CLAIM.identity, "input": storage.normalize(str(place.source))})
-    planned = place.plan(claim.run_id, max_unit_rows=7)
+    claim = replace(claim, identity={**claim.identity, "input": storage.normalize(str(place.source))})
+    planned = place.plan(claim.run_id, max_unit_rows=7, **options)
     for unit_id, objects in place.units(planned):
         kinds = [failure_of.get(key) for key in objects.column("key").to_pylist()]
-        outcomes = unit(len(objects), {number: kind for number, kind in enumerate(kinds) if kind})
-        outcomes = outcomes.drop_columns(objects.column_names)
-        table = pa.table([*objects.columns, *outcomes.columns], schema=schema.labeled(DIM))
-        parts.write_part(place.output, claim.run_id, unit_id, table)
-    return claim, plan.seal(place.output, claim.run_id, [planned])
+        outcome = unit(len(objects), {number: kind for number, kind in enumerate(kinds) if kind})
+        outcome = outcome.drop_columns(objects.column_names)
+        table = pa.table([*objects.columns, *outcome.columns], schema=schema.labeled(DIM))
+        parts.write_part(place.output, claim.run_id, planned.range_id, unit_id, table)
+    return claim, planned
 
 
 def test_the_night_after_a_run_finds_everything_unchanged_but_what_may_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publish, "MAX_CATALOG_ROWS", 20)
+    monkeypatch.setattr(catalog, "MAX_FILE_ROWS", 20)
     place = Place(tmp_path)
     listed = place.write({f"{number % 3}/{number:02d}": number for number in range(50)})
     place.remember([{**row("0/00"), "size_bytes": 99}, row("0/gone"), row("2/gone too")])
-    claim, sealed = _run(place, {"0/03": "corrupt", "1/01": "unavailable", "2/47": "missing"})
-    place.catalog = here(publish._publish_catalog, place.output.root, claim, sealed, place.catalog)
-    assert [file.num_rows for file in place.catalog] == [20, 20, 10]
-    rows = list(plan.read_catalog(place.output, place.catalog))
+    claim, planned = run_range(place, {"0/03": "corrupt", "1/01": "unavailable", "2/47": "missing"})
+    totals = outcomes.summarize_range(place.output, claim.run_id, claim.run_seq, planned.range_id)
+    place.catalog = here(publish._renew_range, place.output.root, claim, place.whole, totals)
+    assert sum(file.num_rows for file in place.catalog) == 50
+    assert max(file.num_rows for file in place.catalog) <= 20
+    rows = list(catalog.read_rows(place.output, place.catalog))
     assert [each["key"] for each in rows] == list(listed)
     assert {each["run_seq"] for each in rows} == {7}
     assert {each["key"]: each["failure_kind"] for each in rows if each["failure_kind"]} == {
@@ -254,13 +240,16 @@ def _two_parts(output: Store) -> tuple[pa.Table, dict[str, str]]:
     digests = {}
     for half in (table.slice(0, 30), table.slice(30)):
         unit_id = plan.unit_id(half)
-        digests[unit_id] = parts.write_part(output, CLAIM.run_id, unit_id, half).sha256
+        digests[unit_id] = parts.write_part(output, CLAIM.run_id, RANGE, unit_id, half).sha256
     return table, digests
 
 
-def _publish(output: Store, kind: str, digests: dict[str, str], number: int = 0) -> Any:
-    file_plan = FilePlan(kind=kind, key=publish._file_key(kind, CLAIM, f"{number:05d}"), parts=digests)
-    return here(publish._publish_file, output.root, CLAIM, DIM, file_plan)
+def _publish(output: Store, kind: Any, digests: dict[str, str]) -> Any:
+    """A file of these parts, whose layout is written as `lay_out` writes it."""
+    group = FileGroup(kind=kind, number=0, range_ids=[RANGE])
+    sources = [[RANGE, unit_id, digest] for unit_id, digest in digests.items()]
+    output.put(f"_runs/{CLAIM.run_id}/publish/{kind}-00000.json", json.dumps([sources]).encode())
+    return here(publish._publish_file, output.root, CLAIM, group, 0)[0]
 
 
 def _read(output: Store, key: str) -> pa.Table:
@@ -342,8 +331,12 @@ def test_parts_that_are_out_of_order_are_a_conflict(output: Store) -> None:
 
 def test_deletions_name_the_uri_and_the_last_etag(output: Store) -> None:
     gone = pa.Table.from_pylist([row("é/1"), row("é/2", etag=None)], schema.CATALOG)
-    output.put("plan/gone.parquet", plan.to_parquet(gone))
-    ref = here(publish._publish_deletions, output.root, CLAIM, "plan/gone.parquet", "00000")
+    output.put("plan/gone.parquet", schema.encode(gone))
+    planned = RangePlan(range_id=RANGE, chunks=[], deletions=["plan/gone.parquet"], counts={})
+    output.put(f"_runs/{CLAIM.run_id}/plan/range-{RANGE}.json", json.dumps(asdict(planned)).encode())
+    group = FileGroup(kind="deletions", number=0, range_ids=[RANGE])
+    (ref,) = here(publish._publish_deletions, output.root, CLAIM, group)
+    assert (ref.first_key, ref.last_key) == ("é/1", "é/2")
     found = _read(output, ref.key)
     assert found.schema.remove_metadata().equals(schema.DELETIONS)
     assert [(each["uri"], each["etag"]) for each in found.to_pylist()] == [

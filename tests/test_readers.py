@@ -44,7 +44,7 @@ def test_every_file_has_the_declared_schema_metadata_and_encoding(output: Path) 
     assert file.schema_arrow.equals(schema.labels(DIM))
     metadata = {name.decode(): value.decode() for name, value in file.schema_arrow.metadata.items()}
     expected = {
-        "label_bucket.schema_version": "1",
+        "label_bucket.schema_version": str(schema.SCHEMA_VERSION),
         "label_bucket.embedding_dim": str(DIM),
         "label_bucket.embedding_dtype": "float32",
         "label_bucket.embedding_normalization": "l2",

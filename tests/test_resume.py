@@ -1,18 +1,22 @@
 """SIGKILL of the driver between any two writes of the protocol, then the same command."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import boto3
 import checkpoints
 import published
 import pytest
-from cluster import Head, wait_until
+from cluster import ROOT, Head, wait_until
 
 from pipeline.draw import draw_file
 
 CRASH_POINTS = (
     "claimed",
+    "ranges-sealed",
     "planned",
     "plan-sealed",
     "part-committed",
@@ -238,3 +242,41 @@ def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_con
     assert done.returncode == 0, done.stderr
     assert published.parts(output) == parts
     assert published.entries(output)[0]["counts"]["failed"] == 60
+
+
+STOPPED_IN_A_DESTRUCTOR = """
+import os, signal, time
+import label_bucket
+
+class Resource:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the handler runs between two instructions of Python
+            pass
+
+signal.signal(signal.SIGTERM, label_bucket._stop)
+try:
+    try:
+        Resource()
+        time.sleep(20)
+    finally:
+        try:
+            int("x")
+        except ValueError:
+            time.sleep(1)  # the stop is raised again meanwhile, and must not end the report's writing
+            print("cleaned up")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_a_stop_that_falls_into_a_destructor_is_not_swallowed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_A_DESTRUCTOR],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "jobs")},
+        capture_output=True,
+        text=True,
+        timeout=15,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["cleaned up", "stopped"], done.stderr

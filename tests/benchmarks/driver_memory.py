@@ -57,7 +57,7 @@ def _measure(num_units: int) -> None:
         root = Path(folder)
         (root / "in").mkdir()
         output = storage.connect(str(root / "out"))
-        sealed = _plan(output, num_units)
+        planned = _plan(output, num_units)
         found = checkpoint.resolve(str(checkpoints.write_small(root / "model")))
         task = dataset.Task(
             input_url=storage.connect(str(root / "in")).root,
@@ -78,7 +78,9 @@ def _measure(num_units: int) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # after ray.init, which sets its own
         before_mb, started_s = _now_mb(), time.monotonic()
         progress = Progress(num_units)
-        work = (dataset.Work(unit_id, chunk.key) for chunk in sealed.chunks for unit_id in chunk.unit_ids)
+        work = (
+            dataset.Work(planned.range_id, unit_id, chunk.key) for chunk in planned.chunks for unit_id in chunk.unit_ids
+        )
         try:
             for unit in dataset.label_units(task, dataset.resolve_resources("cpu", 1), work):
                 progress.add(unit)
@@ -94,13 +96,13 @@ def _measure(num_units: int) -> None:
         ray.shutdown()
 
 
-def _plan(output: storage.Store, num_units: int) -> plan.Plan:
-    chunks = plan._Chunks(output.put_if_absent, "_runs/run/plan/0000", "file:///none", 1)
+def _plan(output: storage.Store, num_units: int) -> plan.RangePlan:
+    chunks = plan._Chunks(output.put_if_absent, "_runs/run/plan/0000", "file:///none", 1, has_ramp=False)
     for number in range(num_units):
         now = datetime.now(UTC)
         chunks.add(storage.ObjectInfo(f"{number:08d}", 1, str(number), now, storage_class="GLACIER"))
     chunks.close()
-    return plan.seal(output, "run", [plan.Range(range_id="0000", chunks=chunks.units, deletions=[], counts={})])
+    return plan.RangePlan(range_id="00000", chunks=chunks.units, deletions=[], counts={})
 
 
 def _memory() -> str:
