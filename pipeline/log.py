@@ -107,6 +107,11 @@ class State:
         """The commits that published something, oldest first."""
         return [entry for entry in self.entries if entry.kind == "run"]
 
+    @property
+    def retired(self) -> frozenset[int]:
+        """Places of the runs and snapshots whose label files are no longer named, and may be gone."""
+        return frozenset(seq for entry in self.entries for seq in entry.retires)
+
     def newest(self, space_id: str) -> Entry | None:
         """The newest published run of a space."""
         return next((entry for entry in reversed(self.runs) if entry.space_id == space_id), None)

@@ -97,7 +97,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
             f" asks for --top-k {config.top_k}; use --top-k {base.identity['top_k']} or another --output"
         )
     base_files = catalog.files_of(output, base)
-    if base is not None:
+    if base is not None and base.run_seq not in state.retired:
         log.check_files(output, base)
     if is_empty and not (config.allow_empty and base is not None):
         raise _nothing_to_label(source, scope, base)
