@@ -204,6 +204,13 @@ def claim(
     return held
 
 
+def read_entry(store: Store, run_seq: int) -> Entry | None:
+    """The commit at this place, or None if there is none yet."""
+    key = f"_log/{run_seq:08d}.json"
+    data = storage.get_or_none(store, key)
+    return None if data is None else _parse(Entry, data, f"{store.root}/{key}")
+
+
 def commit(store: Store, entry: Entry) -> None:
     """Publish `entry` in its place. Done already by a twin of the same run is fine; anything else is ConflictError."""
     key = f"_log/{entry.run_seq:08d}.json"

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, TextIO
 
@@ -201,34 +200,3 @@ def _last_profile(output: Store, run_ids: Iterable[str]) -> tuple[str, Profile] 
         if profile.num_images >= MIN_IMAGES:
             return run_id, profile
     return None
-
-
-class Heartbeat:
-    """An advisory sign of life, so that a second driver of the same run can be announced. Never decides anything."""
-
-    INTERVAL_S = 30.0
-
-    def __init__(self, output: Store, run_id: str, owner: str) -> None:
-        self._output, self._owner = output, owner
-        self._key = f"_runs/{run_id}/heartbeat.json"
-        self._next_s = 0.0
-
-    def other(self) -> str | None:
-        """Who else showed a sign of life within two intervals."""
-        data = storage.get_or_none(self._output, self._key)
-        if data is None:
-            return None
-        beat = json.loads(data)
-        age_s = (datetime.now(UTC) - datetime.fromisoformat(beat["at"])).total_seconds()
-        is_alive = beat["owner"] != self._owner and age_s < 2 * self.INTERVAL_S
-        return f"{beat['owner']}, {age_s:.0f} s ago" if is_alive else None
-
-    def beat(self) -> None:
-        """Show a sign of life, at most once per interval."""
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + self.INTERVAL_S
-            beat = {"owner": self._owner, "at": datetime.now(UTC).isoformat()}
-            try:
-                self._output.put(self._key, json.dumps(beat).encode())
-            except SourceError as error:
-                _log.warning("no sign of life could be left: %s", error)

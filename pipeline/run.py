@@ -7,8 +7,6 @@ a run claims its place before it works, and whatever was left unfinished is fini
 import contextlib
 import itertools
 import logging
-import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -17,16 +15,16 @@ from datetime import UTC, datetime
 import ray
 import ray.exceptions
 
-from pipeline import canary, dataset, drift, log, outcomes, parts, plan, publish, storage
+from pipeline import canary, dataset, drift, heartbeat, log, outcomes, parts, plan, publish, storage
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
-from pipeline.errors import STOPPED, LabelBucketError, SourceError
+from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceError
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
 from pipeline.log import Claim, Entry, State
 from pipeline.plan import Plan
-from pipeline.progress import Heartbeat, PlanningMeter, Progress, Report
+from pipeline.progress import PlanningMeter, Progress, Report
 from pipeline.publish import Published
 from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
 from pipeline.storage import Store
@@ -71,6 +69,8 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         now=_now(),
     )
     crash_point("claimed")
+    if heartbeat.wait_for_other(output, claim.run_id, lambda: log.read_entry(output, claim.run_seq) is not None):
+        return _done_by_other(output, claim)
     if state.runs:
         _settle_report(output, Published(state.runs[-1], drift.Profile()), state)
     report = Report(
@@ -132,17 +132,12 @@ def _run(
     reference: canary.Vectors,
 ) -> Published:
     output = request.output
-    heartbeat = Heartbeat(output, claim.run_id, f"{socket.gethostname()}/{os.getpid()}")
-    twin = heartbeat.other()
-    if twin is not None:
-        _log.warning("another driver of this run may be alive (%s); both will end in the same result", twin)
-    heartbeat.beat()
-    with _engine_errors():
+    with _engine_errors(), heartbeat.beating(output, claim.run_id):
         sealed = _plan(config, request, claim)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
         _announce(request, resources, sealed)
-        _label(config, request, resources, claim, sealed, heartbeat, report, reference)
+        _label(config, request, resources, claim, sealed, report, reference)
         crash_point("labeled")
         _log.info("publishing: reading %s parts back", f"{sealed.num_units:,}")
         totals = publish.read_totals(output, claim, sealed)
@@ -212,7 +207,6 @@ def _label(
     resources: dataset.Resources,
     claim: Claim,
     sealed: Plan,
-    heartbeat: Heartbeat,
     report: Report,
     reference: canary.Vectors,
 ) -> None:
@@ -231,7 +225,6 @@ def _label(
     try:
         for unit in dataset.label_units(task, resources, itertools.chain([first], work)):
             progress.add(unit)
-            heartbeat.beat()
             crash_point("part-committed")
     finally:
         progress.close()
@@ -271,6 +264,18 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
     return state
 
 
+def _done_by_other(output: Store, claim: Claim) -> Report:
+    """What to say of a run that its other driver brought to an end while this one waited."""
+    entry = log.read_entry(output, claim.run_seq)
+    if entry is None or entry.kind != "run":
+        raise ConflictError(
+            f"{output.root}: run {claim.run_id} was abandoned by another command; nothing was published"
+        )
+    report = Report(run_id=entry.run_id, exit_code=0)
+    _describe(report, entry, output)
+    return report
+
+
 def _settle_report(output: Store, published: Published, state: State) -> None:
     """Make the report of a published run say so, where its own driver died before it could."""
     entry = published.entry
@@ -287,6 +292,10 @@ def _complete(report: Report, published: Published, output: Store, state: State)
     if profile.num_images:
         for line in report.add_profile(output, profile, (each for each in earlier if each != entry.run_id)):
             _log.warning("drift: %s", line)
+    _describe(report, entry, output)
+
+
+def _describe(report: Report, entry: Entry, output: Store) -> None:
     report.run_date, report.model_id, report.model_revision = entry.run_date, entry.model_id, entry.model_revision
     report.space_id, report.counts, report.failures = entry.space_id, entry.counts, entry.failures
     files = {"labels": entry.labels, "failures": entry.dead_letters, "deletions": entry.deletions}

@@ -43,7 +43,7 @@ ORDER = (
     ),
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("dataset", "progress", "request", "run"),
+    *("dataset", "progress", "request", "heartbeat", "run"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""

@@ -1,0 +1,353 @@
+"""Night after night on a real server: what is labeled, what is left alone, what is gone, and who may run at once."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import checkpoints
+import numpy as np
+import published
+import pytest
+from cluster import ROOT, Head, wait_until
+from PIL import Image
+
+from pipeline.draw import draw_file
+
+NUM_OBJECTS = 5000
+GARBAGE = b"\xff\xd8\xff\xe0 no picture follows"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that computes in milliseconds."""
+    return str(checkpoints.write_small(tmp_path_factory.mktemp("model")))
+
+
+def picture(number: int) -> bytes:
+    """A small JPEG, another one for every number."""
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8, 3), np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).resize((48, 48)).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def put(bucket: str, objects: dict[str, bytes]) -> None:
+    client = boto3.client("s3")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: client.put_object(Bucket=bucket, Key=item[0], Body=item[1]), objects.items()))
+
+
+def uris(output: str, kind: str, run_seq: int) -> set[str]:
+    table = published.table(output, kind)
+    rows = table.to_pylist() if table.num_rows else []
+    found = [row["uri"] for row in rows if row["run_seq"] == run_seq]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def num_actors(head: Head) -> int:
+    """Actors that the head has ever started."""
+    code = "from ray.util.state import list_actors; print(len(list_actors(limit=10_000)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**head.environment, "RAY_ADDRESS": head.address},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout.splitlines()[-1])
+
+
+def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may_pass(head: Head, model: str) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="nights")
+    keys = [f"in/{number // 1000}/{number:05d}.jpg" for number in range(NUM_OBJECTS)]
+    broken = keys[100:120]
+    put("nights", {key: GARBAGE if key in broken else picture(number) for number, key in enumerate(keys)})
+    source, output = "s3://nights/in", "s3://nights/out"
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+
+    def uri(key: str) -> str:
+        return f"s3://nights/{key}"
+
+    # An object that changes between listing and reading fails in a way that may pass.
+    assert head.label_bucket(*options, crash_at="plan-sealed").returncode == -signal.SIGKILL
+    put("nights", {keys[4000]: picture(9999)})
+    first = head.label_bucket(*options)
+    assert first.returncode == 0, first.stderr
+    assert published.entries(output)[0]["failures"] == {"changed": 1, "truncated": 20}
+    assert published.entries(output)[0]["counts"]["labeled"] == NUM_OBJECTS - 21
+
+    new = [f"in/new {number:03d}.jpg" for number in range(100)]
+    overwritten, deleted = keys[1000:1050], keys[2000:2030]
+    put("nights", {key: picture(10_000 + number) for number, key in enumerate([*new, *overwritten, *broken])})
+    client.delete_objects(Bucket="nights", Delete={"Objects": [{"Key": key} for key in deleted]})
+    second = head.label_bucket(*options)
+    assert second.returncode == 0, second.stderr
+    to_do = {uri(key) for key in [*new, *overwritten, *broken, keys[4000]]}
+    assert len(to_do) == 171
+    assert uris(output, "labels", 2) == to_do
+    assert uris(output, "deletions", 2) == {uri(key) for key in deleted}
+    assert published.entries(output)[1]["counts"] == {
+        "listed": NUM_OBJECTS + 100 - 30,
+        "filtered": 0,
+        "unchanged": NUM_OBJECTS - 30 - 50 - 20 - 1,
+        "deleted": 30,
+        "labeled": 171,
+        "failed": 0,
+    }
+
+    num_actors_before, before = num_actors(head), published.keys(output)
+    third = head.label_bucket(*options)
+    assert third.returncode == 0, third.stderr
+    assert num_actors(head) == num_actors_before
+    report = published.reports(output)[2]
+    assert (report["num_units"], report["stage_s"], report["counts"]["unchanged"]) == (0, {}, NUM_OBJECTS + 70)
+    entries = published.entries(output)
+    assert entries[2]["catalog"] == entries[1]["catalog"]
+    written = {key.split("/")[0] for key in published.keys(output).keys() - before.keys()}
+    assert written == {"_log", "_runs"}
+
+
+def test_failures_are_tried_again_and_everything_is_labeled_anew_when_asked(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(6):
+        (images / f"{number}.jpg").write_bytes(picture(number) if number else GARBAGE)
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    for extra in ([], ["--retry-failed"], ["--full"], []):
+        done = head.label_bucket(*options, *extra)
+        assert done.returncode == 0, done.stderr
+    counts = [
+        (each["counts"]["labeled"], each["counts"]["failed"], each["counts"]["unchanged"])
+        for each in published.entries(output)
+    ]
+    assert counts == [(5, 1, 0), (0, 1, 5), (5, 1, 0), (0, 0, 6)]
+
+
+def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, model: str, tmp_path: Path) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="emptied")
+    put("emptied", {f"in/{number}.jpg": picture(number) for number in range(8)})
+    output = "s3://emptied/out"
+    options = ("--input", "s3://emptied/in", "--output", output, "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    for number in range(8):
+        client.delete_object(Bucket="emptied", Key=f"in/{number}.jpg")
+    before = published.keys(output)
+    refused = head.label_bucket(*options)
+    assert refused.returncode == 3, refused.stderr
+    assert "an earlier night labeled some" in refused.stderr
+    assert "--allow-empty" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert published.keys(output) == before
+    done = head.label_bucket(*options, "--allow-empty")
+    assert done.returncode == 0, done.stderr
+    assert published.entries(output)[1]["counts"]["deleted"] == 8
+    assert published.table(output, "deletions").num_rows == 8
+    # Back again: everything is new.
+    put("emptied", {"in/0.jpg": picture(0)})
+    assert head.label_bucket(*options).returncode == 0
+    assert published.entries(output)[2]["counts"]["labeled"] == 1
+
+
+def test_a_bucket_that_is_emptied_while_a_night_plans_deletes_nothing(head: Head, model: str) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="emptying")
+    put("emptying", {f"in/{number}.jpg": picture(number) for number in range(8)})
+    output = "s3://emptying/out"
+    options = ("--input", "s3://emptying/in", "--output", output, "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    put("emptying", {"in/new.jpg": picture(9)})
+    assert head.label_bucket(*options, crash_at="ranges-sealed").returncode == -signal.SIGKILL
+    for name in [*map(str, range(8)), "new"]:
+        client.delete_object(Bucket="emptying", Key=f"in/{name}.jpg")
+    refused = head.label_bucket(*options)
+    assert refused.returncode == 3, refused.stderr
+    assert len(published.entries(output)) == 1
+    assert published.table(output, "deletions").num_rows == 0
+
+
+def test_a_catalog_file_that_is_gone_or_damaged_ends_the_night_and_restoring_it_finishes_it(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for number in range(4):
+        (images / f"{number}.jpg").write_bytes(picture(number))
+    options = ("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    (images / "new.jpg").write_bytes(picture(9))
+    (path,) = (output / "_catalog").rglob("*.parquet")
+    data = path.read_bytes()
+    for damaged in (None, data[:-9]):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        refused = head.label_bucket(*options)
+        assert refused.returncode == 5, refused.stderr
+        assert f"{path.name}: expected the file of the log" in refused.stderr
+        assert "restore it" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        assert len(published.entries(str(output))) == 1
+    path.write_bytes(data)
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    assert published.entries(str(output))[1]["counts"]["unchanged"] == 4
+
+
+def test_a_label_file_that_is_gone_stops_the_next_night_before_it_writes(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(picture(1))
+    options = ("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    (path,) = (output / "labels").rglob("*.parquet")
+    path.unlink()
+    before = published.keys(str(output))
+    refused = head.label_bucket(*options)
+    assert refused.returncode == 5, refused.stderr
+    assert f"{path.name}: expected the" in refused.stderr
+    assert published.keys(str(output)) == before
+
+
+# --- at once ------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_of_a_run_waits_for_the_first_and_says_what_it_published(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(100):
+        (images / f"{number}.jpg").write_bytes(picture(number))
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as first:
+        wait_until(lambda: any(key.endswith("/heartbeat.json") for key in published.keys(output)))
+        first.send_signal(signal.SIGSTOP)
+        with head.start_label_bucket(*options) as second:
+            assert second.stderr is not None
+            assert any(f"waiting for its other driver (process {first.pid} on " in line for line in second.stderr)
+            first.send_signal(signal.SIGCONT)
+            _, printed = first.communicate(timeout=120)
+            _, said = second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), printed + said
+    assert "exit code 0: published run 00000001-" in said
+    assert "to label in" not in said
+    assert len(published.entries(output)) == 1
+
+
+def test_a_driver_that_went_silent_and_comes_back_ends_in_the_result_of_the_one_that_took_over(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(200):
+        (images / f"{number:03d}.jpg").write_bytes(picture(number) if number % 11 else GARBAGE)
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as first:
+        wait_until(lambda: any(key.endswith("/plan.json") for key in published.keys(output)))
+        first.send_signal(signal.SIGSTOP)
+        second = head.label_bucket(*options)
+        assert second.returncode == 0, second.stderr
+        assert "or to be silent for 30 s" in second.stderr
+        before = published.keys(output)
+        first.send_signal(signal.SIGCONT)
+        _, printed = first.communicate(timeout=120)
+    assert first.returncode == 0, printed
+    after = published.keys(output)
+    kept = [key for key in before if not key.endswith(("/report.json", "/heartbeat.json"))]
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    labeled, failed = uris(output, "labels", 1), uris(output, "failures", 1)
+    assert (len(labeled), len(failed), labeled & failed) == (181, 19, set())
+    (entry,) = published.entries(output)
+    assert (entry["counts"]["labeled"], entry["counts"]["failed"]) == (181, 19)
+
+
+def test_of_two_different_commands_at_once_one_runs_and_the_other_names_it(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(60):
+        (images / f"{number}.jpg").write_bytes(picture(number))
+    options = ("--input", str(images), "--output", output, "--model", model, "--gpu-actors=1")
+    with (
+        head.start_label_bucket(*options, "--limit=40") as first,
+        head.start_label_bucket(*options, "--limit=50") as second,
+    ):
+        printed = [driver.communicate(timeout=200)[1] for driver in (first, second)]
+    codes = {first.returncode: printed[0], second.returncode: printed[1]}
+    assert sorted(codes) == [0, 5], printed
+    (entry,) = published.entries(output)
+    assert f"has an open run {entry['run_id']} of " in codes[5]
+    assert "--abandon-run" in codes[5]
+    assert len(uris(output, "labels", 1)) == entry["counts"]["labeled"] == entry["identity"]["limit"]
+
+
+# --- what it says of itself ---------------------------------------------------------------------------------------
+
+
+def test_a_night_of_other_pictures_is_warned_of_and_an_ordinary_one_is_not(head: Head, tmp_path: Path) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    command = [sys.executable, "jobs/draw_images.py", "--output", str(images), "--num-images=240"]
+    options = ("--input", str(images), "--output", output, "--model", "demo", "--gpu-actors=1")
+    for seed in (1, 2):
+        subprocess.run([*command, f"--seed={seed}"], cwd=ROOT, env=head.environment, check=True, capture_output=True)
+        ordinary = head.label_bucket(*options)
+        assert ordinary.returncode == 0, ordinary.stderr
+        assert "drift" not in ordinary.stderr
+    for index in range(240):
+        file = draw_file(3, index)
+        image = Image.open(io.BytesIO(file.data)).convert("RGB").rotate(90)
+        (images / f"turned-{index}.png").parent.mkdir(exist_ok=True)
+        image.save(images / f"turned-{index}.png")
+    turned = head.label_bucket(*options)
+    assert turned.returncode == 0, turned.stderr
+    assert turned.stderr.count("WARNING drift: ") >= 2
+    first, second, third = published.reports(output)
+    assert first["drift"] is None
+    assert first["profile"]["num_images"] == second["profile"]["num_images"] == 240
+    assert third["drift"] is not None
+
+
+def test_a_space_whose_vectors_moved_is_refused_before_anything_is_labeled(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(picture(1))
+    options = ("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options).returncode == 0
+    entry_path = output / "_log" / "00000001.json"
+    entry = json.loads(entry_path.read_text())
+    _shift_canaries(output, entry)
+    entry_path.write_text(json.dumps(entry))
+    (images / "2.jpg").write_bytes(picture(2))
+    refused = head.label_bucket(*options)
+    assert refused.returncode == 5, refused.stderr
+    assert "0.999" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not any("00000002" in key for key in published.parts(str(output)))
+
+
+def _shift_canaries(output: Path, entry: dict[str, dict[str, object]]) -> None:
+    """What a run with other libraries would have left: the vectors, each mirrored in one dimension."""
+    from pipeline import canary, storage
+    from pipeline.log import FileRef
+
+    store = storage.connect(str(output))
+    space = str(entry["identity"]["space_id"])
+    vectors = canary.read(store, FileRef(**entry["canaries"]), space)  # type: ignore[arg-type]
+    place = int(np.abs(vectors).mean(axis=0).argmax())
+    vectors[:, place] *= -1
+    (output / str(entry["canaries"]["key"])).unlink()
+    ref = canary.write(store, str(entry["run_id"]), space, vectors)
+    entry["canaries"] = {**entry["canaries"], "sha256": ref.sha256, "size_bytes": ref.size_bytes}
