@@ -206,7 +206,7 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
             partial(_commit, task),
             batch_size=1,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=resources.max_commits),
+            compute=TaskPoolStrategy(size=min(resources.max_commits, len(work))),  # the engine warns of a larger one
             num_cpus=COMMIT_CPUS,
         )
     )

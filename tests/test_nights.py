@@ -2,9 +2,11 @@
 
 import io
 import json
+import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +15,14 @@ import checkpoints
 import numpy as np
 import published
 import pytest
+import ray
 from cluster import ROOT, Head, wait_until
 from PIL import Image
 
+from pipeline import catalog, listing, store
+from pipeline.config import load_config
 from pipeline.draw import draw_file
+from pipeline.run import label_bucket
 
 NUM_OBJECTS = 5000
 GARBAGE = b"\xff\xd8\xff\xe0 no picture follows"
@@ -351,3 +357,61 @@ def _shift_canaries(output: Path, entry: dict[str, dict[str, object]]) -> None:
     (output / str(entry["canaries"]["key"])).unlink()
     ref = canary.write(store, str(entry["run_id"]), space, vectors)
     entry["canaries"] = {**entry["canaries"], "sha256": ref.sha256, "size_bytes": ref.size_bytes}
+
+
+# --- many ranges --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def driver(head: Head) -> Iterator[None]:
+    """This process as a driver of the head."""
+    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()
+
+
+def test_a_bucket_of_many_ranges_is_planned_labeled_and_renewed_range_by_range(
+    driver: None, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 10)
+    monkeypatch.setattr(listing, "SMALL_SOURCE_PAGES", 2)
+    monkeypatch.setattr(listing, "MIN_RANGE_OBJECTS", 20)
+    monkeypatch.setattr(catalog, "MAX_FILE_ROWS", 40)
+    boto3.client("s3").create_bucket(Bucket="ranges")
+    keys = [f"in/{'abcé'[number % 4]}/{number:03d}.jpg" for number in range(160)]
+    put("ranges", {key: picture(number) if number % 40 else GARBAGE for number, key in enumerate(keys)})
+    output = "s3://ranges/out"
+
+    def night(*extra: str) -> dict[str, int]:
+        options = ["--input", "s3://ranges/in", "--output", output, "--model", model, "--gpu-actors=1", *extra]
+        label_bucket(load_config(options, {}), start_engine=lambda: None)
+        counts: dict[str, int] = published.entries(output)[-1]["counts"]
+        return counts
+
+    def catalog_files() -> list[str]:
+        entry = published.entries(output)[-1]
+        return [file["key"] for file in json.loads(published.read(output, entry["catalog"]["key"]))["files"]]
+
+    first = night()
+    assert (first["listed"], first["labeled"], first["failed"]) == (160, 156, 4)
+    ranges = {key.split("/parts/")[1].split("/")[0] for key in published.parts(output)}
+    assert len(ranges) >= 4
+    before = catalog_files()
+    assert len(before) == len(ranges)
+    # One new object, one that is gone, in two of the ranges.
+    put("ranges", {"in/é/new.jpg": picture(999)})
+    boto3.client("s3").delete_object(Bucket="ranges", Key=keys[0])
+    second = night()
+    assert (second["labeled"], second["deleted"], second["unchanged"]) == (1, 1, 159)
+    after = catalog_files()
+    assert len(set(after) - set(before)) == 2  # small neighbours in the ranges that changed become one
+    assert set(after) & set(before)
+    # A limit looks at the first ranges only, and the catalog of the others stays.
+    put("ranges", {keys[4]: picture(1001), keys[3]: picture(1002)})
+    third = night("--limit=30")
+    assert (third["labeled"], third["unchanged"], third["listed"]) == (1, 29, 30)
+    assert len(set(catalog_files()) - set(after)) == 1
+    fourth = night()
+    assert (fourth["labeled"], fourth["unchanged"], fourth["deleted"]) == (1, 159, 0)
+    rows = [row["uri"] for row in published.table(output, "labels").to_pylist()]
+    assert set(rows) >= {f"s3://ranges/{key}" for number, key in enumerate(keys) if number % 40}
