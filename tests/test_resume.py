@@ -244,6 +244,20 @@ def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_con
     assert published.entries(output)[0]["counts"]["failed"] == 60
 
 
+def test_an_error_of_a_worker_ends_the_run_with_its_own_exit_code_and_one_line(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = ("--input", source, "--output", str(output), "--model", model, "--gpu-actors=1", "--limit=40")
+    assert head.label_bucket(*options, crash_at="plan-sealed").returncode == -signal.SIGKILL
+    (chunk,) = output.rglob("*.units.parquet")
+    chunk.unlink()
+    ended = head.label_bucket(*options)
+    assert ended.returncode == 3, ended.stderr
+    assert f"{chunk.name}: not found" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 STOPPED_IN_A_DESTRUCTOR = """
 import os, signal, time
 import label_bucket
