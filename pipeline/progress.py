@@ -20,10 +20,9 @@ from pipeline import schema, storage
 from pipeline.dataset import UnitSummary
 from pipeline.drift import MIN_IMAGES, Profile, compare
 from pipeline.errors import SourceError
-from pipeline.plan import Range
+from pipeline.meter import LOG_INTERVAL_S, clock_text
 from pipeline.storage import Store
 
-LOG_INTERVAL_S = 10.0
 MAX_REPORTS_READ = 20
 """How many runs back a night to compare with is looked for: small nights, and those whose driver died, have none."""
 
@@ -85,10 +84,9 @@ class Progress:
     def line(self) -> str:
         """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
         left_s = (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0
-        eta = f"{int(left_s) // 3600}:{int(left_s) // 60 % 60:02d}:{int(left_s) % 60:02d}"
         return (
             f"{self.num_done:,}/{self.num_images:,} images, {self.images_per_s:,.0f} images/s, {self._failures_text()},"
-            f" ETA {eta}, {self.bottleneck()}"
+            f" ETA {clock_text(left_s)}, {self.bottleneck()}"
         )
 
     def bottleneck(self) -> str:
@@ -108,27 +106,6 @@ class Progress:
             return "0 failed"
         kinds = ", ".join(f"{number} {kind}" for kind, number in self.failures.most_common())
         return f"{self.failures.total():,} failed ({kinds})"
-
-
-class PlanningMeter:
-    """Says how far planning is, a line per interval."""
-
-    def __init__(self, num_ranges: int, *, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._num_ranges, self._num_planned, self._num_listed = num_ranges, 0, 0
-        self._clock_s = clock_s
-        self._next_line_s = clock_s() + LOG_INTERVAL_S
-
-    def add(self, planned: Range) -> Range:
-        """Count one planned range, and give it back."""
-        self._num_planned += 1
-        self._num_listed += planned.counts["listed"]
-        if self._clock_s() >= self._next_line_s:
-            self._next_line_s = self._clock_s() + LOG_INTERVAL_S
-            _log.info(
-                "planning: %s of %s ranges, %s objects listed",
-                *(f"{number:,}" for number in (self._num_planned, self._num_ranges, self._num_listed)),
-            )
-        return planned
 
 
 @dataclass(kw_only=True)

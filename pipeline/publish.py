@@ -25,6 +25,7 @@ from pipeline.catalog import KeyRange
 from pipeline.errors import ConflictError
 from pipeline.faults import crash_point
 from pipeline.log import Claim, Entry, FileRef, abandoned, commit
+from pipeline.meter import metered
 from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
 from pipeline.plan import Plan
@@ -80,10 +81,8 @@ def read_totals(output: Store, claim: Claim, sealed_plan: Plan) -> list[RangeTot
         for each in sealed_plan.ranges
         if each.num_units
     }
-    totals = [
-        ray.get(tasks[each.range_id]) if each.range_id in tasks else outcomes.nothing(each.range_id)
-        for each in sealed_plan.ranges
-    ]
+    found_of = dict(zip(tasks, metered(map(ray.get, tasks.values()), "checking ranges", len(tasks)), strict=True))
+    totals = [found_of.get(each.range_id) or outcomes.nothing(each.range_id) for each in sealed_plan.ranges]
     by_id = {each.range_id: each for each in read_ranges(output, claim.run_id)}
     for planned, found in zip(sealed_plan.ranges, totals, strict=True):
         outcomes.check_accounts(planned, found, claim, num_in_catalog=by_id[planned.range_id].num_rows)
@@ -274,8 +273,8 @@ def _publish(
         for group, num_files in zip(groups, ray.get(counting), strict=True)
         for number in range(num_files)
     ]
-    for task in tasks:
-        yield ray.get(task)
+    for published in metered(map(ray.get, tasks), "publishing files", len(tasks)):
+        yield published
         crash_point("file-published")
 
 
@@ -292,9 +291,10 @@ def _publish_catalog(
         for each in ranges
         if each.range_id in changed
     }
+    renewed = dict(zip(tasks, metered(map(ray.get, tasks.values()), "renewing ranges", len(tasks)), strict=True))
     listed: list[FileRef] = []
     for each in ranges:
-        refs = ray.get(tasks[each.range_id]) if each.range_id in tasks else list(each.files)
+        refs = renewed.get(each.range_id, list(each.files))
         if each.range_id in changed:
             counts = changed[each.range_id].counts
             expected = counts["kept"] + counts["unchanged"] + counts["planned"]

@@ -23,8 +23,9 @@ from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceErro
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
 from pipeline.log import Claim, Entry, State
+from pipeline.meter import metered
 from pipeline.plan import Plan
-from pipeline.progress import PlanningMeter, Progress, Report
+from pipeline.progress import Progress, Report
 from pipeline.publish import Published
 from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
 from pipeline.storage import Store
@@ -139,7 +140,7 @@ def _run(
         _announce(request, resources, sealed)
         _label(config, request, resources, claim, sealed, report, reference)
         crash_point("labeled")
-        _log.info("publishing: reading %s parts back", f"{sealed.num_units:,}")
+        _log.info("checking: reading %s parts back", f"{sealed.num_units:,}")
         totals = publish.read_totals(output, claim, sealed)
         failures = outcomes.failures_of(totals)
         report.failures = dict(failures)
@@ -180,8 +181,8 @@ def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | Non
 
     rules = request.rules
     if rules.limit is None:
-        meter = PlanningMeter(len(ranges))
-        return [meter.add(ray.get(task)) for task in [start(each, rules) for each in ranges]]
+        tasks = [start(each, rules) for each in ranges]
+        return list(metered(map(ray.get, tasks), "planning ranges", len(tasks)))
     planned: list[plan.Range] = []
     left = rules.limit
     for each in ranges:

@@ -31,6 +31,7 @@ ORDER = (
     *(
         "errors",
         "faults",
+        "meter",
         "schema",
         "store",
         "store_s3",
