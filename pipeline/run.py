@@ -13,9 +13,8 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import ray
-import ray.exceptions
 
-from pipeline import canary, dataset, drift, heartbeat, log, outcomes, parts, plan, publish, storage
+from pipeline import canary, dataset, drift, engine, heartbeat, log, outcomes, parts, plan, publish, storage
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
@@ -51,7 +50,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     vectors: canary.Vectors | None = None
     if request.base is None:
         # Wrong weights must be found before the claim, which would block the output; known weights were checked before.
-        with _engine_errors():
+        with engine.errors():
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources)
@@ -107,7 +106,7 @@ def _reference_vectors(request: Request, claim: Claim, first: canary.Vectors | N
 
 def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> Report:
     ranges = plan.find_ranges(request.source, request.base_files)
-    with _engine_errors():
+    with engine.errors():
         preview = plan.total("", _plan_ranges(request, ranges, None))
     _announce(request, resources, preview)
     return Report(
@@ -133,7 +132,7 @@ def _run(
     reference: canary.Vectors,
 ) -> Published:
     output = request.output
-    with _engine_errors(), heartbeat.beating(output, claim.run_id):
+    with engine.errors(), heartbeat.beating(output, claim.run_id):
         sealed = _plan(config, request, claim)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
@@ -257,7 +256,7 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
     elif claim is not None and fate == "sealed":
         start_engine()
         _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
-        with _engine_errors():
+        with engine.errors():
             published = publish.finish(output, claim, state.newest(claim.identity["space_id"]), _now())
         _log.info("published run %s: %s", claim.run_id, _counts_text(published.entry))
         _settle_report(output, published, state)
@@ -360,26 +359,6 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
             if failure is None:
                 raise
             _log.warning("report.json could not be written: %s", error)
-
-
-@contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
-    """Our own errors as they were raised, out of the engine's wrapping."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        ours = _find_ours(error)
-        if ours is None:
-            raise
-        raise ours from None
-
-
-def _find_ours(error: BaseException | None) -> LabelBucketError | None:
-    while error is not None:
-        if isinstance(error, LabelBucketError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _now() -> str:

@@ -12,7 +12,7 @@ import pytest
 from cluster import JOB
 from servers import Fault, S3Server
 
-from pipeline import log, schema, storage
+from pipeline import engine, log, schema, storage
 from pipeline.draw import draw_file
 
 Job = Callable[..., tuple[int, str]]
@@ -30,7 +30,7 @@ def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def start() -> None:
         raise AssertionError("the engine was started before the mistake was found")
 
-    monkeypatch.setattr(module, "_start_ray", start)
+    monkeypatch.setattr(engine, "start", start)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def call(*arguments: str) -> tuple[int, str]:

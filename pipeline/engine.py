@@ -1,0 +1,105 @@
+"""Ray as every job uses it: how a driver connects and is stopped, functions over many arguments, errors as they were.
+
+A module of its own because all jobs need the same connection, and because what checks files should run on a cluster
+and, where there is little to do or a test looks on, in one process: both are a `Spread`.
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from pipeline.errors import LabelBucketError
+
+Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+"""`itertools.starmap`, or something that gives the same from elsewhere."""
+
+MAX_QUEUED_TASKS = 1000
+"""The driver holds the arguments and results of so many; enough for every core of a large cluster."""
+_TASK: dict[str, Any] = {"num_cpus": 0.5, "memory": 1 << 29, "max_retries": 3}
+
+
+def start() -> None:
+    """Connect to the cluster of RAY_ADDRESS, else start a Ray of this process's own; SIGTERM becomes
+    KeyboardInterrupt."""
+    # The engine's core prints an error for every actor pool (ray-project/ray#53727) that means nothing here.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray.data
+
+    if not ray.is_initialized():
+        # A bare ray.init() would join whatever cluster runs on this machine.
+        address = os.environ.get("RAY_ADDRESS", "local")
+        is_own = address == "local"
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            include_dashboard=False if is_own else None,
+        )
+    # What the engine says stays in its log folder; on the console only this job speaks. Also where a run ends with an
+    # error of ours: the engine prints 100 lines of its own stack and asks to open an issue with its project.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+    # After ray.init, which installs its own handler. `ray job stop` sends SIGTERM, and SIGKILL three seconds later.
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    # An exception that is raised while a destructor runs is swallowed, so it is raised again until it has arrived.
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    handled = sys.exception()
+    while handled is not None:
+        if isinstance(handled, KeyboardInterrupt):
+            return
+        handled = handled.__context__
+    raise KeyboardInterrupt
+
+
+def quieten() -> None:
+    """Let no library tell about every request it makes."""
+    for name in ("botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def on_cluster(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """`itertools.starmap` with a task for each tuple of arguments: results in order, MAX_QUEUED_TASKS ahead.
+
+    `function` is one of a module, and is run again where a worker died.
+    """
+    remote = ray.remote(function).options(**_TASK)
+    upcoming = iter(arguments)
+    running = deque(remote.remote(*each) for each in itertools.islice(upcoming, MAX_QUEUED_TASKS))
+    while running:
+        yield ray.get(running.popleft())
+        running.extend(remote.remote(*each) for each in itertools.islice(upcoming, 1))
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Our own errors as they were raised, out of the engine's wrapping."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        ours = _find_ours(error)
+        if ours is None:
+            raise
+        raise ours from None
+
+
+def _find_ours(error: BaseException | None) -> LabelBucketError | None:
+    while error is not None:
+        if isinstance(error, LabelBucketError) and not isinstance(error, ray.exceptions.RayError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
