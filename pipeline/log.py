@@ -146,6 +146,12 @@ def read(store: Store) -> State:
     return State(entries=[commits[seq] for seq in sorted(commits)], open_claim=claims.get(newest + 1))
 
 
+def read_claim(store: Store, run_seq: int) -> Claim:
+    """The claim of a place in the order: what its run knew before it worked."""
+    key = _claim_key(run_seq)
+    return _parse(Claim, store.get(key), f"{store.root}/{key}")
+
+
 def check_files(store: Store, entry: Entry) -> None:
     """Raise ConflictError, naming one, if files that this commit published are gone or have another size.
 

@@ -82,6 +82,7 @@ def test_what_was_claimed_and_committed_is_read_back(output: Store) -> None:
     second = claim(output)
     assert (second.run_seq, second.base_seq) == (2, 1)
     assert second.run_id != first.run_id
+    assert (log.read_claim(output, 1), log.read_claim(output, 2)) == (first, second)
 
 
 def test_the_same_command_resumes_its_run_after_midnight_and_keeps_its_date(output: Store) -> None:

@@ -45,6 +45,7 @@ ORDER = (
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
     *("engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("verify_files", "verify_catalog", "verify_sample", "verify"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
@@ -231,6 +232,14 @@ def test_readme_lists_the_columns_of_every_published_folder(title: str, wanted: 
 def test_readme_explains_every_flag() -> None:
     flags = {"--" + name.replace("_", "-") for name in Config.model_fields}
     assert set(re.findall(r"^\| `(--[a-z-]+)", section("Options"), re.MULTILINE)) == flags
+
+
+def test_readme_explains_every_flag_of_verification() -> None:
+    help_text = subprocess.run(
+        [sys.executable, "jobs/verify_labels.py", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    flags = set(re.findall(r"^  (--[a-z-]+)", help_text, re.MULTILINE)) - {"--log-level"}
+    assert set(re.findall(r"^\| `(--[a-z-]+)", section("Verify"), re.MULTILINE)) == flags
 
 
 def test_readme_explains_every_kind_of_failure() -> None:
