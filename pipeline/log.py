@@ -112,6 +112,12 @@ class State:
         """Places of the runs and snapshots whose label files are no longer named, and may be gone."""
         return frozenset(seq for entry in self.entries for seq in entry.retires)
 
+    def snapshot(self, space_id: str) -> Entry | None:
+        """The snapshot that covers most runs of a space, if there is one; the newer of two that cover the same."""
+        named = [each for each in self.entries if each.kind == "snapshot" and each.run_seq not in self.retired]
+        of_space = [each for each in named if each.space_id == space_id]
+        return max(of_space, key=lambda each: (each.through_seq, each.run_seq), default=None)
+
     def newest(self, space_id: str) -> Entry | None:
         """The newest published run of a space."""
         return next((entry for entry in reversed(self.runs) if entry.space_id == space_id), None)

@@ -43,6 +43,7 @@ ORDER = (
     ),
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
+    "view",
     *("dataset", "progress", "request", "run"),
     *("shapes", "draw"),
 )
