@@ -44,7 +44,8 @@ class Claim:
     base_seq: int
     """Place of the newest commit when this run began; 0 for the first."""
     identity: dict[str, Any]
-    """Input, filters, limit, space and schema: what must be equal for a command to be this run."""
+    """Input, filters, limit, space and schema: what must be equal for a command to be this run. With a `kind` in it, it
+    is no run: see `snapshot`."""
     run_date: str
     model_id: str
     model_revision: str
@@ -202,12 +203,23 @@ def claim(
     if held is None:
         key = _claim_key(run_seq)
         held = _parse(Claim, store.put_if_absent(key, _dump(wanted)), f"{store.root}/{key}")
+    if held.run_id != wanted.run_id and "kind" in held.identity:
+        raise ConflictError(
+            f"{store.root}: a {held.identity['kind']} is being committed in place {held.run_seq:08d}; run the command"
+            " again, it finishes that first"
+        )
     if held.run_id != wanted.run_id:
         raise ConflictError(
             f"{store.root} has an open run {held.run_id} of {held.created_at} ({_difference(held.identity, identity)}):"
             " run its command again to finish it, or add --abandon-run to give it up"
         )
     return held
+
+
+def read_claim(store: Store, run_seq: int) -> Claim:
+    """The claim of a place that is known to be taken."""
+    key = _claim_key(run_seq)
+    return _parse(Claim, store.get(key), f"{store.root}/{key}")
 
 
 def commit(store: Store, entry: Entry) -> None:

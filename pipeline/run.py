@@ -15,12 +15,12 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import ray
-import ray.exceptions
 
-from pipeline import canary, dataset, drift, log, outcomes, parts, plan, publish, storage
+from pipeline import canary, dataset, drift, log, outcomes, parts, plan, publish, snapshot, storage
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
+from pipeline.engine import engine_errors
 from pipeline.errors import STOPPED, LabelBucketError, SourceError
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
@@ -52,7 +52,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     vectors: canary.Vectors | None = None
     if request.base is None:
         # Wrong weights must be found before the claim, which would block the output; known weights were checked before.
-        with _engine_errors():
+        with engine_errors():
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources)
@@ -60,6 +60,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
         state = log.read(output)
+    state = _with_snapshots(output, state)
     claim = log.claim(
         output,
         state,
@@ -106,7 +107,7 @@ def _reference_vectors(request: Request, claim: Claim, first: canary.Vectors | N
 
 def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> Report:
     ranges = plan.find_ranges(request.source, request.base_files)
-    with _engine_errors():
+    with engine_errors():
         preview = plan.total("", _plan_ranges(request, ranges, None))
     _announce(request, resources, preview)
     return Report(
@@ -137,7 +138,7 @@ def _run(
     if twin is not None:
         _log.warning("another driver of this run may be alive (%s); both will end in the same result", twin)
     heartbeat.beat()
-    with _engine_errors():
+    with engine_errors():
         sealed = _plan(config, request, claim)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
@@ -253,8 +254,15 @@ def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dat
                     yield dataset.Work(each.range_id, unit_id, chunk.key)
 
 
+def _with_snapshots(output: Store, state: State) -> State:
+    """The log with what compaction added since it was read, while this run started its engine and checked its model."""
+    now = snapshot.settle(output, log.read(output), _now())
+    return now if now.runs == state.runs else state
+
+
 def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[], None]) -> State:
     """Finish what an earlier command had decided and could not complete; needs neither its flags nor its model."""
+    state = snapshot.settle(output, state, _now())
     claim = state.open_claim
     fate = "open" if claim is None else publish.fate(output, claim.run_id)
     if claim is not None and fate == "abandoned":
@@ -263,7 +271,7 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
     elif claim is not None and fate == "sealed":
         start_engine()
         _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
-        with _engine_errors():
+        with engine_errors():
             published = publish.finish(output, claim, state.newest(claim.identity["space_id"]), _now())
         _log.info("published run %s: %s", claim.run_id, _counts_text(published.entry))
         _settle_report(output, published, state)
@@ -350,26 +358,6 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
             if failure is None:
                 raise
             _log.warning("report.json could not be written: %s", error)
-
-
-@contextlib.contextmanager
-def _engine_errors() -> Iterator[None]:
-    """Our own errors as they were raised, out of the engine's wrapping."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        ours = _find_ours(error)
-        if ours is None:
-            raise
-        raise ours from None
-
-
-def _find_ours(error: BaseException | None) -> LabelBucketError | None:
-    while error is not None:
-        if isinstance(error, LabelBucketError) and not isinstance(error, ray.exceptions.RayError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 def _now() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline import catalog, files, log, schema
+from pipeline import catalog, files, log, schema, snapshot, view
 from pipeline.catalog import KeyRange
 from pipeline.log import Claim, Entry, FileRef
 from pipeline.storage import Store
@@ -82,6 +82,18 @@ class Nights:
         for key in [*failed, *deleted]:
             now.pop(f"{ROOT}/{key}", None)
         return entry
+
+    def snapshot(self, space_id: str = "deit-01234567", committed_at: datetime = BEGIN) -> Entry:
+        """A snapshot of the view now, as compaction leaves it."""
+        current = view.resolve(self.output, space_id)
+        claim = log.read_claim(self.output, current.newest.run_seq)
+        name = f"{claim.run_seq:08d}-{log.read(self.output).newest_seq:08d}"
+        refs = [
+            files.put(self.output, f"snapshots/space={space_id}/{name}/part-{number:05d}.parquet", rows, claim, name)
+            for number, rows in enumerate(view.batches(self.output, space_id))
+        ]
+        manifest = catalog.write_manifest(self.output, space_id, f"snapshot-{name}", refs)
+        return snapshot.add_snapshot(self.output, current.newest, manifest, "none", committed_at.isoformat)
 
     def _put(self, kind: str, claim: Claim, tables: list[pa.Table]) -> list[FileRef]:
         where = f"{kind}/space={claim.identity['space_id']}/run_date={claim.run_date}/part-{claim.run_id}"

@@ -11,9 +11,10 @@ import pytest
 import ray
 from cluster import Head
 
-from pipeline import canary, catalog, checkpoint, dataset, decode, parts, plan, run, schema, storage
+from pipeline import canary, catalog, checkpoint, dataset, decode, parts, plan, schema, storage
 from pipeline.diff import Rules
 from pipeline.draw import draw_file
+from pipeline.engine import engine_errors
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.listing import Scope
 from pipeline.preprocess import spec_from_config
@@ -138,11 +139,11 @@ def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
     vectors = dataset.check_model(task, "cpu")
     assert vectors.shape == (canary.NUM_CANARIES, 24)
     rescaled = replace(task, spec=replace(task.spec, rescale_factor=1 / 127.5), canaries=vectors)
-    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), run._engine_errors():
+    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), engine_errors():
         dataset.check_model(rescaled, "cpu")
     # The same from the actors themselves, as from a node that is not the one that check_model ran on.
     resources = replace(dataset.resolve_resources("auto", None), num_actors=2)
-    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), run._engine_errors():
+    with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), engine_errors():
         list(dataset.label_units(rescaled, resources, _work(sealed)))
     written = storage.list_keys(storage.connect(task.output_url), "_runs/run/")
     assert [key for key in written if "/parts/" in key] == []

@@ -43,8 +43,9 @@ ORDER = (
     ),
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
-    "view",
+    *("view", "snapshot", "engine"),
     *("dataset", "progress", "request", "run"),
+    *("retention", "compact"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
@@ -181,8 +182,14 @@ def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
     assert importers("fsspec", "s3fs", "botocore") <= allowed
 
 
-def test_only_dataset_imports_ray_data() -> None:
-    assert importers("ray.data") <= {"pipeline/dataset.py", "jobs/label_bucket.py"}
+def test_only_dataset_and_compact_import_ray_data() -> None:
+    assert importers("ray.data") <= {"pipeline/dataset.py", "pipeline/compact.py", "jobs/label_bucket.py"}
+
+
+def test_only_retention_decides_what_is_deleted_and_only_compact_deletes_it() -> None:
+    calls = {path.stem for path in (ROOT / "pipeline").glob("*.py") if ".delete(" in path.read_text()}
+    assert calls == {"compact"}
+    assert importers("pipeline.retention") == {"pipeline/compact.py"}
 
 
 def test_only_model_and_its_training_import_torch() -> None:
