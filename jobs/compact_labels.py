@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the current view of an output as a snapshot of few, right-sized files, and remove what it replaced. See --help.
+"""Write the current view of an output as a snapshot of few, right-sized files, and remove what it replaced.
 
 The current view is the newest label of every image that still exists. The snapshot is a commit in the output's log;
 nights go on as before, and readers of the view read the snapshot and what came after it.

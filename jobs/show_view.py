@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Print the SQL of the current view: the newest label of every image that still exists. See --help."""
+"""Print the SQL of the current view: the newest label of every image that still exists."""
 
 import argparse
 import sys
