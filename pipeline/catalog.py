@@ -54,12 +54,16 @@ def files_of(output: Store, entry: Entry | None) -> list[FileRef]:
     """The files of the catalog that `entry` names, in key order; none for no entry. Damage is ConflictError."""
     if entry is None or entry.catalog is None:
         return []
-    data = read_file(output, entry.catalog)
-    return [FileRef(**each) for each in json.loads(data)["files"]]
+    return read_manifest(output, entry.catalog)
+
+
+def read_manifest(output: Store, ref: FileRef) -> list[FileRef]:
+    """The files that `write_manifest` was given. Damage is ConflictError."""
+    return [FileRef(**each) for each in json.loads(read_file(output, ref))["files"]]
 
 
 def write_manifest(output: Store, space_id: str, run_id: str, files: Sequence[FileRef]) -> FileRef:
-    """Write the list of a catalog's files, once, and give what a log entry names."""
+    """Write the list of a catalog's files (or a snapshot's), once, and give what a log entry names."""
     key = f"_catalog/space={space_id}/{run_id}.json"
     listed = {"schema_version": schema.SCHEMA_VERSION, "files": [asdict(file) for file in files]}
     data = output.put_if_absent(key, json.dumps(listed, ensure_ascii=False).encode())

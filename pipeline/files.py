@@ -65,7 +65,7 @@ def put(output: Store, key: str, rows: pa.Table, claim: Claim, sources_digest: s
     writer made it.
     """
     metadata = {**claim.metadata, "label_bucket.run_id": claim.run_id, _SOURCES_DIGEST: sources_digest}
-    if key.startswith("labels/"):
+    if key.startswith(("labels/", "snapshots/")):
         metadata["huggingface"] = huggingface_features(rows.schema)
     data = schema.encode(rows, metadata)
     standing = output.put_if_absent(key, data)

@@ -44,7 +44,8 @@ class Claim:
     base_seq: int
     """Place of the newest commit when this run began; 0 for the first."""
     identity: dict[str, Any]
-    """Input, filters, limit, space and schema: what must be equal for a command to be this run."""
+    """Input, filters, limit, space and schema: what must be equal for a command to be this run. With a `kind` in it, it
+    is no run: see `snapshot`."""
     run_date: str
     model_id: str
     model_revision: str
@@ -111,6 +112,12 @@ class State:
     def retired(self) -> frozenset[int]:
         """Places of the runs and snapshots whose label files are no longer named, and may be gone."""
         return frozenset(seq for entry in self.entries for seq in entry.retires)
+
+    def snapshot(self, space_id: str) -> Entry | None:
+        """The snapshot that covers most runs of a space, if there is one; the newer of two that cover the same."""
+        named = [each for each in self.entries if each.kind == "snapshot" and each.run_seq not in self.retired]
+        of_space = [each for each in named if each.space_id == space_id]
+        return max(of_space, key=lambda each: (each.through_seq, each.run_seq), default=None)
 
     def newest(self, space_id: str) -> Entry | None:
         """The newest published run of a space."""
@@ -202,6 +209,11 @@ def claim(
     if held is None:
         key = _claim_key(run_seq)
         held = _parse(Claim, store.put_if_absent(key, _dump(wanted)), f"{store.root}/{key}")
+    if held.run_id != wanted.run_id and "kind" in held.identity:
+        raise ConflictError(
+            f"{store.root}: a {held.identity['kind']} is being committed in place {held.run_seq:08d}; run the command"
+            " again, it finishes that first"
+        )
     if held.run_id != wanted.run_id:
         raise ConflictError(
             f"{store.root} has an open run {held.run_id} of {held.created_at} ({_difference(held.identity, identity)}):"

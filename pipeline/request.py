@@ -21,8 +21,8 @@ from pipeline.log import Entry, FileRef, State
 from pipeline.preprocess import spec_from_config
 from pipeline.storage import ObjectInfo, Store
 
-OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "_catalog", "_log", "_runs"})
-"""What a run writes below its output."""
+OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "snapshots", "_catalog", "_log", "_runs"})
+"""What is written below an output."""
 PRECISION = "label_bucket.compute_dtype"
 """The footer key, also in a claim, that says what the model computes in."""
 

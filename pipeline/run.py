@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import ray
 
-from pipeline import canary, dataset, drift, engine, heartbeat, log, outcomes, parts, plan, publish, storage
+from pipeline import canary, dataset, drift, engine, heartbeat, log, outcomes, parts, plan, publish, snapshot, storage
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
@@ -58,6 +58,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
         state = log.read(output)
+    state = _with_snapshots(output, state)
     claim = log.claim(
         output,
         state,
@@ -246,8 +247,15 @@ def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dat
                     yield dataset.Work(each.range_id, unit_id, chunk.key)
 
 
+def _with_snapshots(output: Store, state: State) -> State:
+    """The log with what compaction added since it was read, while this run started its engine and checked its model."""
+    now = snapshot.settle(output, log.read(output), _now())
+    return now if now.runs == state.runs else state
+
+
 def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[], None]) -> State:
     """Finish what an earlier command had decided and could not complete; needs neither its flags nor its model."""
+    state = snapshot.settle(output, state, _now())
     claim = state.open_claim
     fate = "open" if claim is None else publish.fate(output, claim.run_id)
     if claim is not None and fate == "abandoned":

@@ -6,7 +6,7 @@ among them.
 Keys are relative to the store's root and opaque: never decoded, normalized or split. Listings come in UTF-8 byte order.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -61,6 +61,10 @@ class Store(Protocol):
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
         """Write an object unless it exists, and give what stands there now: `data` itself, or the earlier content."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove objects; one that is not there is fine. The only right that nightly runs do not need."""
         ...
 
 

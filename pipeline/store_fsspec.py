@@ -4,7 +4,7 @@ A module of its own because these stores promise less: no conditional reads, eta
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -99,6 +99,10 @@ class FsspecStore:
         raise ConfigError(f"{self.root} is an input only")
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
+        """Not offered: see the module docstring."""
+        raise ConfigError(f"{self.root} is an input only")
+
+    def delete(self, keys: Sequence[str]) -> None:
         """Not offered: see the module docstring."""
         raise ConfigError(f"{self.root} is an input only")
 

@@ -6,7 +6,7 @@ A module of its own because what S3 does with a header, a file system does with 
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -103,6 +103,12 @@ class LocalStore:
             finally:
                 os.close(folder_fd)
             return data
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """See Store. Folders stay: another writer may be about to put a file into one."""
+        for key in keys:
+            with _local_errors(f"delete {self._path / key}"), contextlib.suppress(FileNotFoundError):
+                (self._path / key).unlink()
 
 
 def _link_new_file(folder_fd: int, name: str, data: bytes) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC
 from typing import Any
 
@@ -199,6 +199,22 @@ class S3Store:
             return data
 
         return until_deadline(attempt, what, _upload_deadline_s(data))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """See Store. One DeleteObjects request for up to 1000 keys; each key has an answer of its own in it."""
+        for start in range(0, len(keys), store.PAGE_OBJECTS):
+            some = keys[start : start + store.PAGE_OBJECTS]
+            what = f"delete {self.root}/{some[0]}" + (f" and {len(some) - 1} more" if len(some) > 1 else "")
+            until_deadline(functools.partial(self._delete, what, some), what, store.DEADLINE_S)
+
+    def _delete(self, what: str, keys: Sequence[str]) -> None:
+        listed = {"Objects": [{"Key": self._prefix + key} for key in keys], "Quiet": True}
+        answer = self._call(what, store.DEADLINE_S, _s3()._call_s3, method="delete_objects", Delete=listed)
+        for refused in answer.get("Errors", []):
+            found = f"{refused.get('Code')}: {refused.get('Message')}"
+            if refused.get("Code") == "AccessDenied":
+                raise ForbiddenError(f"{what}: access denied for {refused.get('Key')}; removing needs s3:DeleteObject")
+            raise AgainError(found)
 
 
 def _upload_deadline_s(data: bytes) -> float:

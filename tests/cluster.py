@@ -36,6 +36,21 @@ class Head:
             printed, complaints = driver.communicate(timeout=240)
         return subprocess.CompletedProcess(driver.args, driver.returncode, printed, complaints)
 
+    def compact_labels(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `python jobs/compact_labels.py` to its end as a driver of this head."""
+        environment = {**self.environment, "RAY_ADDRESS": self.address}
+        if crash_at is not None:
+            environment["LABEL_BUCKET_CRASH_AT"] = crash_at
+        return subprocess.run(
+            [sys.executable, str(JOB.with_name("compact_labels.py")), *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
     @contextmanager
     def start_label_bucket(self, *arguments: str, crash_at: str | None = None) -> "Iterator[subprocess.Popen[str]]":
         """`python jobs/label_bucket.py` as a driver of this head, running; killed at the end if it still is."""

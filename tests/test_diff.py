@@ -1,7 +1,7 @@
 """What a night finds: every object in exactly one place, whatever the listing does and however it is cut."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ class Listing:
         raise AssertionError("a source is not written to")
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
+        raise AssertionError("a source is not written to")
+
+    def delete(self, keys: Sequence[str]) -> None:
         raise AssertionError("a source is not written to")
 
 

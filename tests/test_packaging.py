@@ -44,8 +44,8 @@ ORDER = (
     ),
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("engine", "dataset", "progress", "request", "heartbeat", "run"),
-    *("verify_files", "verify_catalog", "verify_sample", "verify"),
+    *("view", "snapshot", "engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
@@ -182,8 +182,14 @@ def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
     assert importers("fsspec", "s3fs", "botocore") <= allowed
 
 
-def test_only_dataset_and_what_silences_it_import_ray_data() -> None:
-    assert importers("ray.data") <= {"pipeline/dataset.py", "pipeline/engine.py"}
+def test_only_dataset_compact_and_what_silences_it_import_ray_data() -> None:
+    assert importers("ray.data") <= {"pipeline/dataset.py", "pipeline/compact.py", "pipeline/engine.py"}
+
+
+def test_only_retention_decides_what_is_deleted_and_only_compact_deletes_it() -> None:
+    calls = {path.stem for path in (ROOT / "pipeline").glob("*.py") if ".delete(" in path.read_text()}
+    assert calls == {"compact"}
+    assert importers("pipeline.retention") == {"pipeline/compact.py"}
 
 
 def test_only_model_and_its_training_import_torch() -> None:

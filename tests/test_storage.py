@@ -231,6 +231,24 @@ def test_put_overwrites(output: Place) -> None:
     assert keys(output.store) == ["a/report.json"]
 
 
+def test_deleted_objects_are_gone_and_others_stay_and_absent_ones_are_fine(output: Place) -> None:
+    for key in ("a/1", "a/2", "a/1 b+c%2F", "label=Ä%C3/x"):
+        output.write(key, b"x")
+    output.store.delete(["a/1", "a/1 b+c%2F", "label=Ä%C3/x", "not/there"])
+    output.store.delete([])
+    assert keys(output.store) == ["a/2"]
+    assert output.store.put_if_absent("a/1", b"new") == b"new"
+
+
+def test_more_objects_than_one_request_takes_are_deleted(output: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 4)
+    names = [f"{number:02d}" for number in range(11)]
+    for name in names:
+        output.write(name, b"x")
+    output.store.delete(names[:10])
+    assert keys(output.store) == names[10:]
+
+
 def test_list_keys_of_a_prefix_that_does_not_exist_yet_is_empty(output: Place) -> None:
     assert list(storage.list_keys(output.store, "_log/")) == []
     output.store.put("_log/1", b"x")
@@ -281,6 +299,8 @@ def test_an_output_on_another_store_is_refused() -> None:
     for write in (storage.connect("memory://x").put, storage.connect("memory://x").put_if_absent):
         with pytest.raises(ConfigError, match="input only"):
             write("key", b"x")
+    with pytest.raises(ConfigError, match="input only"):
+        storage.connect("memory://x").delete(["key"])
 
 
 def test_the_root_of_another_store_can_be_read() -> None:

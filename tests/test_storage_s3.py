@@ -290,3 +290,31 @@ def test_threads_that_begin_together_share_one_client(s3: S3Server) -> None:
         [sys.executable, "-c", _FIRST_USE], env=environment, capture_output=True, text=True, check=True, timeout=60
     )
     assert ran.stdout == "1\n"
+
+
+@pytest.mark.parametrize("kind", ["reset", "answer_lost", 503])
+def test_a_deletion_is_asked_for_again_after_a_fault(s3: S3Server, bucket: str, faults: list[Fault], kind: Any) -> None:
+    _put(s3, bucket, "one", b"x")
+    faults.append(Fault(kind, "POST", f"/{bucket[5:]}"))
+    storage.connect(bucket).delete(["one"])
+    assert keys(storage.connect(bucket)) == []
+
+
+def test_a_deletion_that_is_refused_is_forbidden(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    _put(s3, bucket, "one", b"x")
+    faults.append(Fault(403, "POST", f"/{bucket[5:]}"))
+    with pytest.raises(ForbiddenError, match=r"delete s3://.*/one: access denied"):
+        storage.connect(bucket).delete(["one"])
+    assert keys(storage.connect(bucket)) == ["one"]
+
+
+def test_a_key_that_may_not_be_deleted_is_named(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DEADLINE_S", 0.5)
+    place = store_s3.S3Store(bucket)
+    errors = [{"Key": "two", "Code": "AccessDenied", "Message": "no"}]
+    monkeypatch.setattr(place, "_call", lambda *_, **__: {"Errors": errors})
+    with pytest.raises(ForbiddenError, match="access denied for two; removing needs s3:DeleteObject"):
+        place.delete(["one", "two"])
+    errors[0]["Code"] = "InternalError"
+    with pytest.raises(UnavailableError, match="and 1 more: no usable answer"):
+        place.delete(["one", "two"])

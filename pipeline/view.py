@@ -1,0 +1,262 @@
+"""The current view of a space: the newest label of every image that still exists, read by code or as SQL.
+
+In: the log, a space's newest catalog, and label files of runs and snapshots. Out: rows of schema.labels, one for every
+key whose last outcome is a label. A key that failed, or went away, after it was labeled is not in it.
+
+A module of its own because everything that is done with results (snapshot, index, search, export) reads this view and
+never a bare glob. Neither Ray nor torch is needed.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import catalog, log, schema
+from pipeline.errors import ConfigError, ConflictError
+from pipeline.log import Entry, FileRef, State
+from pipeline.storage import Store
+
+
+class LabelFile(NamedTuple):
+    """A file that holds rows of the view, among others."""
+
+    ref: FileRef
+    run_seq: int | None
+    """The run whose rows it holds; None for a file of the snapshot, which has rows of many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """Where the rows of a space's current view are."""
+
+    space_id: str
+    newest: Entry
+    """The newest published run of the space: the view is what holds after it."""
+    snapshot: Entry | None
+    """Holds the rows of all runs up to its `through_seq`."""
+    catalog: list[FileRef]
+    """Files of the last outcome of every key, in key order."""
+    labels: list[LabelFile]
+
+    @property
+    def root(self) -> str:
+        """A key's uri is this, a slash and the key."""
+        return str(self.newest.identity["input"])
+
+    @property
+    def columns(self) -> pa.Schema:
+        """What a row of this view has."""
+        return schema.labels(self.newest.identity["embedding_dim"])
+
+
+def resolve(output: Store, space_id: str | None = None, state: State | None = None) -> View:
+    """The view as of now; `space_id` may be left out where the output has one space.
+
+    Raises ConfigError for a space that is not there, or not named among several, and ConflictError for damage.
+    """
+    state = state if state is not None else log.read(output)
+    spaces = sorted({entry.space_id for entry in state.runs})
+    if not spaces:
+        raise ConfigError(f"{output.root}: expected published runs, found none; is this the --output of a night?")
+    if space_id is None and len(spaces) > 1:
+        raise ConfigError(f"{output.root}: expected the name of one of its spaces ({', '.join(spaces)}), found none")
+    if space_id is not None and space_id not in spaces:
+        raise ConfigError(f"{output.root}: expected one of its spaces ({', '.join(spaces)}), found {space_id}")
+    newest = state.newest(space_id or spaces[0])
+    assert newest is not None
+    snapshot = state.snapshot(newest.space_id)
+    through_seq = snapshot.through_seq if snapshot else 0
+    later = [run for run in state.runs if run.space_id == newest.space_id and run.run_seq > through_seq]
+    return View(
+        space_id=newest.space_id,
+        newest=newest,
+        snapshot=snapshot,
+        catalog=catalog.files_of(output, newest),
+        # Rows of runs that the snapshot covers are read from the snapshot alone, so no row has two places.
+        labels=[
+            *(LabelFile(ref, None) for ref in (snapshot.labels if snapshot else ())),
+            *(LabelFile(ref, run.run_seq) for run in later for ref in run.labels),
+        ],
+    )
+
+
+def files(output: Store, space_id: str | None = None) -> list[FileRef]:
+    """The label files that hold the view, and rows that are superseded. Errors as `resolve`."""
+    return [each.ref for each in resolve(output, space_id).labels]
+
+
+def batches(output: Store, space_id: str | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of the view in key order, a table of schema.labels per file of the catalog (up to 200,000 rows).
+
+    `columns` names those wanted, in this order; all by default. In memory are one file of the catalog, its rows of the
+    view, and one file of labels (up to 96 MiB) at a time. Errors as `resolve` and `rows`; ConfigError for a column that
+    is none.
+    """
+    current = resolve(output, space_id)
+    unknown = [name for name in columns or () if name not in current.columns.names]
+    if unknown:
+        raise ConfigError(
+            f"expected columns of {current.space_id} ({', '.join(current.columns.names)}), found {unknown}"
+        )
+    for ref in current.catalog:
+        table = rows(output, current, ref, columns)
+        if len(table):
+            yield table
+
+
+def rows(output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of the view whose keys are in one file of its catalog, in key order.
+
+    Raises ConflictError for a label file that is gone or another one, and for a key that the catalog calls labeled
+    while no file has its row, or two have it.
+    """
+    names = list(columns) if columns is not None else current.columns.names
+    wanted = wanted_rows(output, ref)
+    found = pa.schema([current.columns.field(name) for name in names]).empty_table()
+    if not len(wanted):
+        return found
+    uris = uris_of(current, wanted.column("key"))
+    run_seqs = wanted.column("run_seq").combine_chunks()
+    present = set(run_seqs.unique().to_pylist())
+    pieces, places = [], []
+    for each in current.labels:
+        is_present = each.run_seq in present if each.run_seq is not None else _covers(current.snapshot, present)
+        if is_present and each.ref.first_key <= ref.last_key and each.ref.last_key >= ref.first_key:
+            piece = _read(output, each.ref, sorted({*names, "uri", "run_seq"}), uris[0].as_py(), uris[-1].as_py())
+            place = pc.index_in(piece.column("uri").combine_chunks(), value_set=uris)
+            # Null where the uri is not wanted, and so is then the comparison: such a row is left out.
+            is_wanted = pc.equal(run_seqs.take(place), piece.column("run_seq"))
+            pieces.append(piece.filter(is_wanted).select(names))
+            places.append(place.filter(is_wanted.combine_chunks()))
+    order = pa.concat_arrays(places) if places else pa.array([], pa.int32())
+    _check_places(output, order, uris, run_seqs)
+    if pieces:
+        found = pa.concat_tables(pieces).cast(found.schema)
+    is_sorted = len(order) < 2 or pc.all(pc.less(order[:-1], order[1:])).as_py()
+    return found if is_sorted else found.take(pc.array_sort_indices(order))
+
+
+def wanted_rows(output: Store, ref: FileRef) -> pa.Table:
+    """Key and run_seq of every key in one file of the catalog that has a label, in key order."""
+    table = catalog.read_table(output, ref)
+    return table.filter(pc.is_null(table.column("failure_kind"))).select(["key", "run_seq"])
+
+
+def uris_of(current: View, keys: pa.ChunkedArray) -> pa.Array:
+    """The uri of each key."""
+    return pc.binary_join_element_wise(pa.scalar(current.root), keys.combine_chunks(), "/")
+
+
+def _covers(snapshot: Entry | None, run_seqs: set[int]) -> bool:
+    return snapshot is not None and min(run_seqs) <= snapshot.through_seq
+
+
+def _read(output: Store, ref: FileRef, names: list[str], first_uri: str, last_uri: str) -> pa.Table:
+    data = catalog.read_file(output, ref)
+    found = schema.version_of(pq.read_schema(io.BytesIO(data)))
+    if found != schema.SCHEMA_VERSION:
+        raise ConflictError(
+            f"{output.root}/{ref.key}: expected schema version {schema.SCHEMA_VERSION}, found {found}; use the version"
+            " of this program that wrote it"
+        )
+    between = (pc.field("uri") >= first_uri) & (pc.field("uri") <= last_uri)  # skips row groups by their statistics
+    return pq.read_table(io.BytesIO(data), columns=names, filters=between)
+
+
+def _check_places(output: Store, found: pa.Array, uris: pa.Array, run_seqs: pa.Array) -> None:
+    """Raise ConflictError unless every uri has exactly one row."""
+    is_missing = pc.invert(pc.is_in(pa.array(range(len(uris)), pa.int32()), value_set=found))
+    missing = uris.filter(is_missing)
+    if len(missing):
+        run_seq = run_seqs.filter(is_missing)[0].as_py()
+        raise ConflictError(
+            f"{output.root}: {len(missing):,} image(s) have no row in any label file, though the catalog says that"
+            f" they are labeled, first {missing[0].as_py()} by run {run_seq:08d}; restore the files of labels/ and"
+            " snapshots/"
+        )
+    if len(found) != len(uris):
+        raise ConflictError(
+            f"{output.root}: expected one row for each of {len(uris):,} images, found {len(found):,} in its label"
+            " files; a file is named twice in the log, or holds a row twice"
+        )
+
+
+# --- the same as SQL ----------------------------------------------------------------------------------------------
+
+
+def duckdb_sql(output: Store, space_id: str | None = None, name: str = "current_labels") -> str:
+    """`CREATE OR REPLACE VIEW` for DuckDB over exactly the files that hold the view now.
+
+    For s3:// URLs, DuckDB needs its extension `httpfs`. The view stays what it was after later nights, until
+    `compact_labels --keep-runs` removes its files: make it anew after each night. Errors as `resolve`; ConfigError for
+    a space without any label, of which DuckDB could not know the columns.
+    """
+    current = resolve(output, space_id)
+    if not current.labels or not current.catalog:
+        raise ConfigError(f"{output.root}: expected labeled images in space {current.space_id}, found none")
+    root = output.root.removeprefix("file://")
+
+    def listed(refs: Sequence[FileRef]) -> str:
+        return "[" + ", ".join(_quoted(f"{_literal(root)}/{ref.key}") for ref in refs) + "]"
+
+    return f"""\
+CREATE OR REPLACE VIEW {name} AS
+SELECT labels.*
+FROM read_parquet({listed([each.ref for each in current.labels])}, hive_partitioning = false) AS labels
+JOIN read_parquet({listed(current.catalog)}, hive_partitioning = false) AS last
+  ON labels.uri = {_quoted(f"{current.root}/")} || last.key AND labels.run_seq = last.run_seq
+WHERE last.failure_kind IS NULL;
+"""
+
+
+def glob_sql(space_id: str | None = None, name: str = "current_labels", *, has_embedding: bool = True) -> str:
+    """`CREATE OR REPLACE VIEW` in standard SQL, for Athena, Trino and Spark, over tables instead of the log.
+
+    The tables `labels`, `snapshots`, `failures` and `deletions` hold every Parquet file below the folders of these
+    names. For each uri and space the newest event counts, and it is in the view if that is a label. Without `space_id`
+    it is the view of all spaces; `has_embedding` is false for an output without vectors.
+    """
+    names = [each for each in schema.labels(1).names if has_embedding or each != "embedding"]
+    only = f" AND space_id = {_quoted(space_id)}" if space_id else ""
+    return f"""\
+CREATE OR REPLACE VIEW {name} AS
+WITH written AS (
+  SELECT {", ".join(names)} FROM labels
+  UNION ALL
+  SELECT {", ".join(names)} FROM snapshots
+),
+events AS (
+  SELECT space_id, uri, run_seq FROM written
+  UNION ALL
+  SELECT space_id, uri, run_seq FROM failures
+  UNION ALL
+  SELECT space_id, uri, run_seq FROM deletions
+),
+newest AS (
+  SELECT space_id, uri, MAX(run_seq) AS run_seq FROM events GROUP BY space_id, uri
+),
+numbered AS (
+  SELECT written.*,
+    ROW_NUMBER() OVER (PARTITION BY written.space_id, written.uri ORDER BY written.run_seq) AS copy_number
+  FROM written
+  JOIN newest
+    ON written.space_id = newest.space_id AND written.uri = newest.uri AND written.run_seq = newest.run_seq
+)
+SELECT {", ".join(names)}
+FROM numbered
+WHERE copy_number = 1{only};
+"""
+
+
+def _literal(path: str) -> str:
+    """A path in which DuckDB finds nothing to expand."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in path)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
