@@ -29,6 +29,7 @@ from pipeline.progress import Progress, Report
 from pipeline.publish import Published
 from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
 from pipeline.storage import Store
+from pipeline.tasks import in_order
 
 _log = logging.getLogger(__name__)
 
@@ -181,8 +182,8 @@ def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | Non
 
     rules = request.rules
     if rules.limit is None:
-        tasks = [start(each, rules) for each in ranges]
-        return list(metered(map(ray.get, tasks), "planning ranges", len(tasks)))
+        all_planned = in_order(lambda each: start(each, rules), ranges)
+        return list(metered(all_planned, "planning ranges", len(ranges)))
     planned: list[plan.Range] = []
     left = rules.limit
     for each in ranges:
