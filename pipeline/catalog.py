@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC
 from typing import Any
 
 import pyarrow as pa
@@ -88,7 +89,22 @@ def read_rows(output: Store, files: Iterable[FileRef]) -> Iterator[CatalogRow]:
     """Rows of these files, in order; the bytes of one file and a batch of rows are in memory."""
     for ref in files:
         for batch in _open(output, ref).iter_batches(batch_size=16_384):
-            yield from batch.to_pylist()
+            yield from _rows(batch)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[CatalogRow]:
+    # As batch.to_pylist(), which takes 3.5 µs a row, most of it for the time zone of every timestamp; this takes 1.1.
+    columns = {name: batch.column(name).to_numpy(zero_copy_only=False).tolist() for name in schema.CATALOG.names}
+    columns["last_modified"] = [when and when.replace(tzinfo=UTC) for when in columns["last_modified"]]
+    for key, etag, size_bytes, last_modified, failure_kind, run_seq in zip(*columns.values(), strict=True):
+        yield {
+            "key": key,
+            "etag": etag,
+            "size_bytes": size_bytes,
+            "last_modified": last_modified,
+            "failure_kind": failure_kind,
+            "run_seq": run_seq,
+        }
 
 
 def read_table(output: Store, ref: FileRef) -> pa.Table:

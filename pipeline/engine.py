@@ -5,12 +5,10 @@ and, where there is little to do or a test looks on, in one process: both are a 
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
@@ -19,13 +17,12 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import LabelBucketError
+from pipeline.tasks import in_order
 
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """`itertools.starmap`, or something that gives the same from elsewhere."""
 
-MAX_QUEUED_TASKS = 1000
-"""The driver holds the arguments and results of so many; enough for every core of a large cluster."""
-_TASK: dict[str, Any] = {"num_cpus": 0.5, "memory": 1 << 29, "max_retries": 3}
+_TASK: dict[str, Any] = {"num_cpus": 0.5, "memory": 3 << 28, "max_retries": 3}
 
 
 def start() -> None:
@@ -73,16 +70,12 @@ def quieten() -> None:
 
 
 def on_cluster(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """`itertools.starmap` with a task for each tuple of arguments: results in order, MAX_QUEUED_TASKS ahead.
+    """`itertools.starmap` with a task for each tuple of arguments: results in order.
 
     `function` is one of a module, and is run again where a worker died.
     """
     remote = ray.remote(function).options(**_TASK)
-    upcoming = iter(arguments)
-    running = deque(remote.remote(*each) for each in itertools.islice(upcoming, MAX_QUEUED_TASKS))
-    while running:
-        yield ray.get(running.popleft())
-        running.extend(remote.remote(*each) for each in itertools.islice(upcoming, 1))
+    return in_order(lambda each: remote.remote(*each), arguments)
 
 
 @contextlib.contextmanager

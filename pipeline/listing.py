@@ -20,7 +20,8 @@ from pipeline.storage import ObjectInfo, Store
 SMALL_SOURCE_PAGES = 20
 """A source that ends within so many pages is one range."""
 MAX_PROBES = 2000
-"""LIST requests spent on finding where to cut a source that nobody has listed before: $0.01, about 10 s."""
+"""LIST requests spent on finding where to cut a source that nobody has listed before: $0.01, and 80 ms of the driver's
+CPU each. Groups that were begun are finished: 1e9 keys in folders of 250,000 took 5000."""
 MIN_RANGE_OBJECTS = 200_000
 """Neighbouring groups of keys are joined up to this size where it is known: 200 LIST requests."""
 _LAST = "\U0010ffff"

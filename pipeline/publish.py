@@ -30,6 +30,7 @@ from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
 from pipeline.plan import Plan
 from pipeline.storage import Store
+from pipeline.tasks import in_order
 
 TARGET_FILE_BYTES = 80 * 2**20
 """Ranges are joined up to this size, and cut into equal files of at most a little more, so that a file ends between 64
@@ -39,7 +40,7 @@ MAX_FILE_BYTES = 84 * 2**20
 MAX_FILE_FAILURES = 200_000
 _TOMBSTONE = b'"abandoned"'
 """The seal of a run that was given up."""
-_TASK = {"num_cpus": 0.5, "memory": 1 << 29, "max_retries": 3}
+_TASK = {"num_cpus": 0.5, "memory": 3 << 28, "max_retries": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +77,11 @@ def read_totals(output: Store, claim: Claim, sealed_plan: Plan) -> list[RangeTot
 
     Raises ConflictError for a unit without a part, a part that is not its unit, and sums that do not add up.
     """
-    tasks = {
-        each.range_id: _summarize_range.options(**_TASK).remote(output.root, claim, each.range_id)
-        for each in sealed_plan.ranges
-        if each.num_units
-    }
-    found_of = dict(zip(tasks, metered(map(ray.get, tasks.values()), "checking ranges", len(tasks)), strict=True))
+    with_units = [each.range_id for each in sealed_plan.ranges if each.num_units]
+    summaries = in_order(
+        lambda range_id: _summarize_range.options(**_TASK).remote(output.root, claim, range_id), with_units
+    )
+    found_of = dict(zip(with_units, metered(summaries, "checking ranges", len(with_units)), strict=True))
     totals = [found_of.get(each.range_id) or outcomes.nothing(each.range_id) for each in sealed_plan.ranges]
     by_id = {each.range_id: each for each in read_ranges(output, claim.run_id)}
     for planned, found in zip(sealed_plan.ranges, totals, strict=True):
@@ -261,19 +261,20 @@ def _publish(
 ) -> Iterator[tuple[FileRef, drift.Profile | None]]:
     """The files of all groups of one kind, in key order, those of labels with their profile."""
     if groups and groups[0].kind == "deletions":
-        for refs in ray.get([_publish_deletions.options(**_TASK).remote(output.root, claim, each) for each in groups]):
+        for refs in in_order(lambda each: _publish_deletions.options(**_TASK).remote(output.root, claim, each), groups):
             yield from ((ref, None) for ref in refs)
         return
-    counting = [
-        _lay_out.options(**_TASK).remote(output.root, claim.run_id, each, [totals[name] for name in each.range_ids])
-        for each in groups
-    ]
-    tasks = [
-        _publish_file.options(**_TASK).remote(output.root, claim, group, number)
-        for group, num_files in zip(groups, ray.get(counting), strict=True)
-        for number in range(num_files)
-    ]
-    for published in metered(map(ray.get, tasks), "publishing files", len(tasks)):
+
+    def lay_out(group: FileGroup) -> "ray.ObjectRef[int]":
+        of_group = [totals[name] for name in group.range_ids]
+        return _lay_out.options(**_TASK).remote(output.root, claim.run_id, group, of_group)
+
+    def publish_file(place: tuple[FileGroup, int]) -> "ray.ObjectRef[tuple[FileRef, drift.Profile | None]]":
+        return _publish_file.options(**_TASK).remote(output.root, claim, *place)
+
+    num_files_of = zip(groups, in_order(lay_out, groups), strict=True)
+    places = [(group, number) for group, num_files in num_files_of for number in range(num_files)]
+    for published in metered(in_order(publish_file, places), "publishing files", len(places)):
         yield published
         crash_point("file-published")
 
@@ -286,12 +287,13 @@ def _publish_catalog(
     if not changed:
         return None
     ranges = read_ranges(output, claim.run_id)
-    tasks = {
-        each.range_id: _renew_range.options(**_TASK).remote(output.root, claim, each, totals[each.range_id])
-        for each in ranges
-        if each.range_id in changed
-    }
-    renewed = dict(zip(tasks, metered(map(ray.get, tasks.values()), "renewing ranges", len(tasks)), strict=True))
+    to_renew = [each for each in ranges if each.range_id in changed]
+    files_of = in_order(
+        lambda each: _renew_range.options(**_TASK).remote(output.root, claim, each, totals[each.range_id]),
+        to_renew,
+    )
+    names = [each.range_id for each in to_renew]
+    renewed = dict(zip(names, metered(files_of, "renewing ranges", len(names)), strict=True))
     listed: list[FileRef] = []
     for each in ranges:
         refs = renewed.get(each.range_id, list(each.files))

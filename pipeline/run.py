@@ -28,6 +28,7 @@ from pipeline.progress import Progress, Report
 from pipeline.publish import Published
 from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
 from pipeline.storage import Store
+from pipeline.tasks import in_order
 
 _log = logging.getLogger(__name__)
 
@@ -175,14 +176,14 @@ def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | Non
     sizes = plan.UnitSizes.of(request.spec.input_px, len(ranges))
 
     def start(key_range: KeyRange, rules: Rules) -> ray.ObjectRef[plan.Range]:
-        return _plan_range.options(num_cpus=0.5, memory=1 << 28).remote(
+        return _plan_range.options(num_cpus=0.5, memory=3 << 27).remote(
             request.source.root, request.output.root, run_id, key_range, rules, sizes
         )
 
     rules = request.rules
     if rules.limit is None:
-        tasks = [start(each, rules) for each in ranges]
-        return list(metered(map(ray.get, tasks), "planning ranges", len(tasks)))
+        all_planned = in_order(lambda each: start(each, rules), ranges)
+        return list(metered(all_planned, "planning ranges", len(ranges)))
     planned: list[plan.Range] = []
     left = rules.limit
     for each in ranges:

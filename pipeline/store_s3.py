@@ -6,16 +6,18 @@ never pass through: every process builds its own client from the standard AWS va
 """
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import Any
 
 import botocore.exceptions
+import botocore.utils
 import fsspec.asyn
 
 from pipeline import store
@@ -36,13 +38,17 @@ def _s3() -> Any:
 def _build_s3() -> Any:
     # Built here and never passed on: a pickled filesystem carries its secrets, and importing s3fs takes half a second
     # that local runs need not pay.
+    import aiobotocore.session
     import s3fs
 
+    session = aiobotocore.session.AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_parse_time)
     anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
     filesystem = s3fs.S3FileSystem(
         anon=anonymous,
         use_listings_cache=False,
         skip_instance_cache=True,
+        session=session,
         config_kwargs={
             # Retry layers multiply; the ones below s3fs retry within a second or two, `until_deadline` does the rest.
             "retries": {"mode": "standard", "total_max_attempts": 2},
@@ -56,6 +62,15 @@ def _build_s3() -> Any:
     )
     filesystem.retries = 1
     return filesystem
+
+
+def _parse_time(value: Any) -> datetime:
+    # botocore's own goes through dateutil, which is two thirds of the time that a page of a listing takes to parse.
+    if isinstance(value, str) and value[4:5] == "-" and value.endswith("Z"):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(value)
+    parsed: datetime = botocore.utils.parse_timestamp(value)
+    return parsed
 
 
 class _PreconditionError(Exception):

@@ -32,6 +32,7 @@ ORDER = (
         "errors",
         "faults",
         "meter",
+        "tasks",
         "schema",
         "store",
         "store_s3",

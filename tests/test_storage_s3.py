@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import botocore.utils
 import pytest
 from servers import Fault, S3Server
 from test_storage import keys, listed
@@ -318,3 +319,28 @@ def test_a_key_that_may_not_be_deleted_is_named(bucket: str, monkeypatch: pytest
     errors[0]["Code"] = "InternalError"
     with pytest.raises(UnavailableError, match="and 1 more: no usable answer"):
         place.delete(["one", "two"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-22T10:20:30.000Z",
+        "2026-11-22T10:20:30.123Z",
+        "2026-11-22T10:20:30Z",
+        "2026-11-22T10:20:30+01:00",
+        "Sun, 22 Nov 2026 10:20:30 GMT",
+        "1763806830",
+        1763806830,
+    ],
+)
+def test_times_are_read_as_the_clients_own_parser_reads_them(text: str | int) -> None:
+    found, expected = store_s3._parse_time(text), botocore.utils.parse_timestamp(text)
+    assert found == expected
+    assert found.utcoffset() == expected.utcoffset()
+
+
+def test_a_listing_has_the_times_that_the_server_names(s3: S3Server, bucket: str) -> None:
+    s3.client.put_object(Bucket=bucket[5:], Key="a", Body=b"x")
+    expected = s3.client.head_object(Bucket=bucket[5:], Key="a")["LastModified"]
+    ((info,),) = storage.connect(bucket).list_pages()
+    assert info.last_modified == expected
