@@ -1,6 +1,7 @@
 """Night after night on a real server: what is labeled, what is left alone, what is gone, and who may run at once."""
 
 import io
+import itertools
 import json
 import logging
 import signal
@@ -19,7 +20,7 @@ import ray
 from cluster import ROOT, Head, wait_until
 from PIL import Image
 
-from pipeline import catalog, listing, store
+from pipeline import catalog, listing, storage, store, verify, view
 from pipeline.config import load_config
 from pipeline.draw import draw_file
 from pipeline.run import label_bucket
@@ -107,6 +108,13 @@ def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may
         "labeled": 171,
         "failed": 0,
     }
+
+    live = {uri(key) for key in [*keys, *new]} - {uri(key) for key in deleted}
+    current = [row for table in view.batches(storage.connect(output)) for row in table.to_pylist()]
+    assert len(current) == len({row["uri"] for row in current}) == NUM_OBJECTS + 70
+    assert {row["uri"]: row["run_seq"] for row in current} == {each: 2 if each in to_do else 1 for each in live}
+    checks = verify.verify(verify.Audit(output_url=output, num_sample_rows=0), itertools.starmap)
+    assert {check.status for check in checks} <= {"ok", "skipped"}, verify.summary(checks)
 
     num_actors_before, before = num_actors(head), published.keys(output)
     third = head.label_bucket(*options)
