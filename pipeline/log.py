@@ -18,6 +18,7 @@ from pipeline.storage import Store
 
 _NAME = re.compile(r"_log/(\d{8})(\.claim)?\.json")
 _R = TypeVar("_R", bound="Claim | Entry")
+EntryKind = Literal["run", "abandoned", "snapshot", "retired"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Entry:
     """A commit: what one run added, file by file."""
 
     schema_version: int = schema.SCHEMA_VERSION
-    kind: Literal["run", "abandoned", "snapshot", "retired"]
+    kind: EntryKind
     """run: labels were published. abandoned: a run was given up. snapshot: the current view was written anew. retired:
     files that a snapshot replaced are no longer named, and may be removed."""
     run_id: str
@@ -241,15 +242,21 @@ def commit(store: Store, entry: Entry) -> None:
 
 def abandoned(open_claim: Claim, now: str) -> Entry:
     """The commit that gives an open run up: its place is used, nothing of it is published."""
+    return entry_of(open_claim, "abandoned", now)
+
+
+def entry_of(claim: Claim, kind: EntryKind, now: str, **values: Any) -> Entry:
+    """The commit of a claimed place, with `values` for the other fields of Entry."""
     return Entry(
-        kind="abandoned",
-        run_id=open_claim.run_id,
-        run_seq=open_claim.run_seq,
-        identity=open_claim.identity,
-        run_date=open_claim.run_date,
-        model_id=open_claim.model_id,
-        model_revision=open_claim.model_revision,
+        kind=kind,
+        run_id=claim.run_id,
+        run_seq=claim.run_seq,
+        identity=claim.identity,
+        run_date=claim.run_date,
+        model_id=claim.model_id,
+        model_revision=claim.model_revision,
         committed_at=now,
+        **values,
     )
 
 

@@ -24,7 +24,7 @@ from pipeline import canary, catalog, drift, files, outcomes, parts, plan, schem
 from pipeline.catalog import KeyRange
 from pipeline.errors import ConflictError
 from pipeline.faults import crash_point
-from pipeline.log import Claim, Entry, FileRef, abandoned, commit
+from pipeline.log import Claim, Entry, FileRef, abandoned, commit, entry_of
 from pipeline.meter import metered
 from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
@@ -151,14 +151,10 @@ def finish(output: Store, claim: Claim, base: Entry | None, now: str) -> Publish
     crash_point("catalog-published")
     failures = outcomes.failures_of(sealed.totals)
     counts = {name: sealed_plan.counts[name] for name in ("listed", "filtered", "unchanged", "deleted")}
-    entry = Entry(
-        kind="run",
-        run_id=claim.run_id,
-        run_seq=claim.run_seq,
-        identity=claim.identity,
-        run_date=claim.run_date,
-        model_id=claim.model_id,
-        model_revision=claim.model_revision,
+    entry = entry_of(
+        claim,
+        "run",
+        now,
         counts={**counts, "labeled": sealed.num_labeled, "failed": failures.total()},
         failures=dict(sorted(failures.items())),
         labels=written["labels"],
@@ -166,7 +162,6 @@ def finish(output: Store, claim: Claim, base: Entry | None, now: str) -> Publish
         deletions=written["deletions"],
         catalog=listed or (base.catalog if base else None),
         canaries=base.canaries if base else canary.find(output, claim.run_id),
-        committed_at=now,
     )
     for kind, name in (("labels", "labeled"), ("failures", "failed"), ("deletions", "deleted")):
         num_rows = sum(file.num_rows for file in written[kind])

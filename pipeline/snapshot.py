@@ -102,16 +102,11 @@ def _entry(output: Store, claim: Claim, now: str) -> Entry:
             f"{output.root}/_log: place {claim.run_seq:08d} is claimed for a {kind}, which this version does not know;"
             " use the version of this program that wrote it"
         )
-    return Entry(
-        kind=kind,
-        run_id=claim.run_id,
-        run_seq=claim.run_seq,
-        identity=claim.identity,
-        run_date=claim.run_date,
-        model_id=claim.model_id,
-        model_revision=claim.model_revision,
+    return log.entry_of(
+        claim,
+        kind,
+        now,
         labels=catalog.read_manifest(output, manifest) if manifest else [],
         through_seq=claim.identity.get("through_seq", 0),
         retires=claim.identity.get("retires", []),
-        committed_at=now,
     )

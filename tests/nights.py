@@ -57,20 +57,15 @@ class Nights:
         base = log.read(self.output).newest(space_id)
         fresh = [_catalog_row(key, failed.get(key), claim.run_seq) for key in sorted([*labeled, *failed])]
         gone = [_catalog_row(key, None, 0) for key in deleted]
-        entry = Entry(
-            kind="run",
-            run_id=claim.run_id,
-            run_seq=claim.run_seq,
-            identity=claim.identity,
-            run_date=claim.run_date,
-            model_id=claim.model_id,
-            model_revision=claim.model_revision,
+        entry = log.entry_of(
+            claim,
+            "run",
+            (BEGIN + timedelta(days=self.num)).isoformat(),
             counts={"labeled": len(labeled)},
             labels=self._put("labels", claim, [files.labels(_part(labeled, {}), claim, DIM)]),
             dead_letters=self._put("failures", claim, [files.failures(_part(list(failed), failed), claim)]),
             deletions=self._put("deletions", claim, [files.deletions(_table(gone), claim)]),
             catalog=self._catalog(claim, base, _table(gone), _table(fresh)),
-            committed_at=(BEGIN + timedelta(days=self.num)).isoformat(),
         )
         for kind in ("plan/x", "parts/y", "publish/z"):
             self.output.put(f"_runs/{claim.run_id}/{kind}.parquet", b"staged")

@@ -207,17 +207,7 @@ def first_night(output: Store, bucket: Bucket, rows_per_file: int, num_workers: 
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         refs = pool.starmap(plan_scale.write_catalog, arguments)
     manifest = catalog.write_manifest(output, SPACE, claim.run_id, refs)
-    entry = Entry(
-        kind="run",
-        run_id=claim.run_id,
-        run_seq=claim.run_seq,
-        identity=claim.identity,
-        run_date=claim.run_date,
-        model_id=claim.model_id,
-        model_revision=claim.model_revision,
-        catalog=manifest,
-        committed_at=NOW,
-    )
+    entry = log.entry_of(claim, "run", NOW, catalog=manifest)
     log.commit(output, entry)
     return entry
 
