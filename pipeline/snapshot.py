@@ -55,7 +55,8 @@ def _add(output: Store, newest: Entry, details: Mapping[str, Any], now: Callable
 
     Raises ConflictError if a night stays open for longer than MAX_WAIT_S.
     """
-    identity = {"input": newest.identity["input"], "space_id": newest.space_id, **details}
+    shared = {name: newest.identity[name] for name in ("input", "space_id", "top_k", "embedding_dim")}
+    identity = {**shared, **details}
     deadline_s = time.monotonic() + MAX_WAIT_S
     has_told = False
     while True:

@@ -83,7 +83,10 @@ def named_by(entry: Entry) -> Iterator[Named]:
         ("canaries", [entry.canaries] if entry.canaries else []),
         ("manifest", [entry.catalog] if entry.catalog else []),
     ):
-        yield from (_named(entry, kind, ref, entry.run_id) for ref in refs)  # type: ignore[arg-type]
+        for ref in refs:
+            # A snapshot's files are written before it has a place in the log: their folder names them.
+            run_id = ref.key.split("/")[2] if entry.kind == "snapshot" else entry.run_id
+            yield _named(entry, kind, ref, run_id)  # type: ignore[arg-type]
 
 
 def catalog_file(entry: Entry, ref: FileRef) -> Named:

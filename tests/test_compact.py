@@ -1,6 +1,7 @@
 """Compaction on a real Ray: the view as few files, whichever way they are laid out, and nights that go on as before."""
 
 import io
+import itertools
 import json
 import logging
 import signal
@@ -26,7 +27,7 @@ from nights import BEGIN, Nights
 from test_retention import DEIT, VIT, named, rows
 from test_view import by_globs, same
 
-from pipeline import catalog, compact, log, schema, storage, view
+from pipeline import catalog, compact, log, schema, storage, verify, view
 from pipeline.compact import Options, PartitionBy, compact_labels
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ConflictError
@@ -52,6 +53,12 @@ def several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nights:
 def compacted(output: Store, partition_by: PartitionBy = "none", **options: Any) -> str:
     wanted = Options(output=output.root, space=DEIT, partition_by=partition_by, **options)
     return compact_labels(wanted, start_engine=lambda: None, now=lambda: BEGIN)
+
+
+def audit(url: str) -> None:
+    """What verify_labels.py looks at, but for the sample."""
+    checks = verify.verify(verify.Audit(output_url=url, num_sample_rows=0), itertools.starmap)
+    assert {check.status for check in checks} <= {"ok", "skipped"}, verify.summary(checks)
 
 
 def snapshot_files(output: Store) -> list[log.FileRef]:
@@ -252,6 +259,8 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
     }
     assert all("/snapshots/" in f"/{ref.key}" for ref in view.files(output) if ref.num_rows)
 
+    audit(url)
+
     kept = head.compact_labels("--output", url, "--keep-runs=1", "--grace-hours=0")
     assert kept.returncode == 0, kept.stderr
     assert f"{len(after)} rows in 1 files" in kept.stderr
@@ -266,6 +275,8 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
         "canaries.parquet",
     }
     assert any(key.startswith(f"_runs/{last}/parts/") or last in key for key in published.keys(url))
+
+    audit(url)
 
     night = head.label_bucket(*options)
     assert night.returncode == 0, night.stderr
