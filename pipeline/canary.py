@@ -113,8 +113,8 @@ def check(found: Vectors, expected: Vectors) -> None:
             f"canary image {canaries()[worst].name}: expected the vector of this space's first run (cosine >="
             f" {MIN_COSINE}), found cosine {each[worst]:.6f} on node {platform.node()}, and"
             f" {int((~(each >= MIN_COSINE)).sum())} of {len(each)} canaries off; nothing may be labeled like this."
-            " Compare `versions` and `device` in that run's report.json with this node's and install the same, or use"
-            " another --output"
+            " Compare `versions` and `device` in that run's report.json with this node's and install the same, or give"
+            " this run up with --abandon-run and use another --output"
         )
 
 

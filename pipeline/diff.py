@@ -101,7 +101,8 @@ class _Gone:
     """Rows of the catalog that the listing lacks, looked for once more: a listing that lost a page must not become
     deletions of living objects.
 
-    One second look covers about a page of the listing, so that it costs at most as many requests as the first.
+    One second look covers about a page of the listing, so that it costs at most as many requests as the first. Where a
+    source cannot be listed from the middle there is one for all, and its rows are in memory.
     """
 
     def __init__(self, source: Store, after: str) -> None:
@@ -122,7 +123,8 @@ class _Gone:
 
     def confirmed(self, *, is_last: bool = False) -> list[Deletion]:
         """The rows that a second look does not find either, once there are enough for one."""
-        enough = is_last or self._num_passed >= stores.PAGE_OBJECTS or len(self._rows) >= stores.PAGE_OBJECTS
+        # A folder is read as a whole for every look: one at the end.
+        enough = is_last or (self._source.can_seek and max(self._num_passed, len(self._rows)) >= stores.PAGE_OBJECTS)
         if not self._rows or not enough:
             return []
         rows, self._rows = self._rows, []

@@ -147,4 +147,6 @@ def _children(store: Store, prefix: str) -> tuple[list[_Group], int]:
         if not is_full:
             return groups, num_probes
         if is_open:
+            if after >= groups[-1].through:  # names that begin with the very last character cannot be passed by
+                return groups[:-1], num_probes
             after = groups[-1].through

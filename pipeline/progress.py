@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from typing import Any, TextIO
 
@@ -161,9 +161,12 @@ class Report:
 
     @classmethod
     def read(cls, output: Store, run_id: str) -> "Report | None":
-        """The report of a run, or None if it has none."""
-        data = storage.get_or_none(output, f"_runs/{run_id}/report.json")
-        return None if data is None else cls(**json.loads(data))
+        """The report of a run, or None if it has none that can be read: the log says what counts."""
+        try:
+            values = json.loads(storage.get_or_none(output, f"_runs/{run_id}/report.json") or b"null")
+            return None if values is None else cls(**{each.name: values[each.name] for each in fields(cls)})
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def _last_profile(output: Store, run_ids: Iterable[str]) -> tuple[str, Profile] | None:

@@ -9,6 +9,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 from pipeline import catalog, checkpoint, dataset, decode, log
@@ -23,6 +24,8 @@ from pipeline.storage import ObjectInfo, Store
 
 OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "snapshots", "_catalog", "_log", "_runs"})
 """What is written below an output."""
+MAX_PAGES_LOOKED_AT = 100
+"""Of the listing, before anything is written: 15 s on S3."""
 PRECISION = "label_bucket.compute_dtype"
 """The footer key, also in a claim, that says what the model computes in."""
 
@@ -100,7 +103,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
     if base is not None and base.run_seq not in state.retired:
         log.check_files(output, base)
     if is_empty and not (config.allow_empty and base is not None):
-        raise _nothing_to_label(source, scope, base)
+        raise nothing_to_label(source, scope, base)
     same_filters = base is None or all(base.identity[name] == identity[name] for name in ("include", "exclude"))
     return Request(
         source=source,
@@ -121,20 +124,24 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
 
 
 def _has_objects(source: Store, scope: Scope, max_image_bytes: int) -> bool:
-    """Whether there is an object in scope; raises if it may not be read."""
+    """Whether there seems to be an object in scope; raises if it may not be read.
+
+    Looks at MAX_PAGES_LOOKED_AT pages; what is behind them is for planning to see.
+    """
+    pages = scope.pages(source)
     try:
-        for page in scope.pages(source):
+        for page in islice(pages, MAX_PAGES_LOOKED_AT):
             in_scope = [info for info, is_in_scope in page if is_in_scope]
             if in_scope:
                 _check_readable(source, in_scope, max_image_bytes)
                 return True
+        return next(pages, None) is not None
     except AbsentError as error:
         raise SourceError(f"--input {source.root}: {error}; check the name and the endpoint") from error
-    return False
 
 
-def _nothing_to_label(source: Store, scope: Scope, base: Entry | None) -> ConfigError | SourceError:
-    """Why a listing without an object in scope ends the run."""
+def nothing_to_label(source: Store, scope: Scope, base: Entry | None) -> ConfigError | SourceError:
+    """What to say of a listing without an object in scope: it ends the run."""
     if base is not None:
         return SourceError(
             f"--input {source.root}: expected objects, found none, and an earlier night labeled some; check the prefix"

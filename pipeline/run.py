@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import ray
 
@@ -26,11 +26,15 @@ from pipeline.meter import metered
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Report
 from pipeline.publish import Published
-from pipeline.request import PRECISION, Request, footer_metadata, resolve, versions, worker_task
+from pipeline.request import PRECISION, Request, footer_metadata, nothing_to_label, resolve, versions, worker_task
 from pipeline.storage import Store
 from pipeline.tasks import in_order
 
 _log = logging.getLogger(__name__)
+
+
+MAX_PLAN_AGE = timedelta(hours=12)
+"""A run that is resumed later than this was another night's: when it is published, tonight's is planned."""
 
 
 def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
@@ -39,6 +43,16 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     `start_engine` connects to Ray; it is called after everything that can be checked without it. Raises a
     LabelBucketError, whose `exit_code` is the process's; then nothing was published, and what was done is kept.
     """
+    report, claimed_at = _night(config, start_engine)
+    if claimed_at is not None and datetime.now(UTC) - datetime.fromisoformat(claimed_at) > MAX_PLAN_AGE:
+        _log.info("%s", report.message)
+        _log.info("that run was begun at %s: planning anew", claimed_at)
+        report, _ = _night(config, start_engine)
+    return report
+
+
+def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, str | None]:
+    """One run, and when it was claimed if that was before this command."""
     output = storage.connect_output(config.output)
     source = storage.connect(config.input)
     state = log.read(output)
@@ -54,7 +68,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
         with engine.errors():
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
-        return _dry_run(config, request, resources)
+        return _dry_run(config, request, resources), None
     if config.abandon_run and state.open_claim is not None:
         publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
@@ -72,7 +86,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     )
     crash_point("claimed")
     if heartbeat.wait_for_other(output, claim.run_id, lambda: log.read_entry(output, claim.run_seq) is not None):
-        return _done_by_other(output, claim)
+        return _done_by_other(output, claim), None
     if state.runs:
         _settle_report(output, Published(state.runs[-1], drift.Profile()), state)
     report = Report(
@@ -91,7 +105,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
     with _reporting(report, output):
         published = _run(config, request, resources, claim, report, _reference_vectors(request, claim, vectors))
         _complete(report, published, output, state)
-    return report
+    return report, claim.created_at if state.open_claim is not None else None
 
 
 def _reference_vectors(request: Request, claim: Claim, first: canary.Vectors | None) -> canary.Vectors:
@@ -159,11 +173,10 @@ def _plan(config: Config, request: Request, claim: Claim) -> Plan:
     crash_point("ranges-sealed")
     planned = _plan_ranges(request, ranges, claim.run_id)
     counts = plan.total(claim.run_id, planned).counts
-    if counts["deleted"] and counts["listed"] == counts["filtered"] and not config.allow_empty:
-        raise SourceError(
-            f"--input {request.source.root}: all of {counts['deleted']:,} known objects are gone; check the source, or"
-            " run again with --allow-empty to record that"
-        )
+    if counts["listed"] == counts["filtered"] and not (config.allow_empty and request.base is not None):
+        # What was planned of such a listing must not be resumed when the objects are there again.
+        publish.abandon(output, claim, _now())
+        raise nothing_to_label(request.source, request.rules.scope, request.base)
     crash_point("planned")
     sealed = plan.seal(output, claim.run_id, planned)
     crash_point("plan-sealed")

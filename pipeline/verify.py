@@ -262,7 +262,7 @@ def _rows_check(
     pairs = [
         pair
         for entry in state.entries
-        if entry.space_id in spaces
+        if entry.space_id in spaces and entry.kind == "run"  # a snapshot's partitions share all bounds, see check_span
         for files in _published(entry)
         for pair in overlapping(file for file in files if file.key in found and not found[file.key].damage.num)
     ]
@@ -316,19 +316,19 @@ def _check_space(
 
 
 def _sources(state: State, space_id: str, damaged: frozenset[str]) -> Iterator[Source]:
-    """Where the rows of a space's keys are: files of its runs, and for runs whose files are retired, of the newest
-    snapshot that is not.
+    """Where the rows of a space's keys are for readers of its view: for the runs that its snapshot covers in the
+    snapshot's files, otherwise in those of the runs.
     """
-    of_space = [entry for entry in state.entries if entry.space_id == space_id]
-    snapshots = [each for each in of_space if each.kind == "snapshot" and each.run_seq not in state.retired]
+    of_space = [entry for entry in state.runs if entry.space_id == space_id]
+    snapshot = state.snapshot(space_id)
+    covered = frozenset(each.run_seq for each in of_space if snapshot and each.run_seq <= snapshot.through_seq)
     for entry in of_space:
-        if entry.kind == "run":
-            labels = [] if entry.run_seq in state.retired else entry.labels
-            yield from (Source("labels", entry.run_seq, ref, ref.key in damaged) for ref in labels)
-            yield from (Source("failures", entry.run_seq, ref, ref.key in damaged) for ref in entry.dead_letters)
-            yield from (Source("deletions", entry.run_seq, ref, ref.key in damaged) for ref in entry.deletions)
-    for entry in snapshots[-1:]:
-        yield from (Source("labels", entry.run_seq, ref, ref.key in damaged, state.retired) for ref in entry.labels)
+        labels = [] if entry.run_seq in covered else entry.labels
+        yield from (Source("labels", entry.run_seq, ref, ref.key in damaged) for ref in labels)
+        yield from (Source("failures", entry.run_seq, ref, ref.key in damaged) for ref in entry.dead_letters)
+        yield from (Source("deletions", entry.run_seq, ref, ref.key in damaged) for ref in entry.deletions)
+    if snapshot is not None:
+        yield from (Source("labels", snapshot.run_seq, ref, ref.key in damaged, covered) for ref in snapshot.labels)
 
 
 def _catalog_check(state: State, entry: Entry, files: Sequence[FileRef], found: Sequence[SpanFindings]) -> Check:
@@ -385,12 +385,14 @@ def _listing_check(
     )
     text += f" + {counts['not_looked_at']:,} not looked at (it had a limit)" if is_limited else ""
     text += f"; {counts['gone']:,} gone"
-    warnings = []
+    findings, warnings = Findings(), list[str]()
     if counts["older"]:
-        warnings = [
-            f"warning: {counts['older']:,} of the new ones are dated before that run began; copied with their date?"
-        ]
-    return _check(name, text, Findings(), warnings)
+        told = f"{counts['older']:,} of the new ones are dated more than a day before that run began"
+        if source.can_seek:  # an object store's own clock says so
+            findings.add([f"{source.root}: {told}; did it not see them, or were they replicated with their date?"])
+        else:
+            warnings = [f"warning: {told}; copied with their date?"]
+    return _check(name, text, findings, warnings)
 
 
 def _sample_check(

@@ -12,7 +12,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class Source(NamedTuple):
     is_damaged: bool
     """Found not to be the file that was written: nothing is concluded from it."""
     stands_for: frozenset[int] | None = None
-    """Of a snapshot: the runs whose own files are retired, so that their rows are looked for here."""
+    """Of a snapshot: the runs it covers, whose rows are looked for here, as readers of the view do."""
 
 
 class Candidate(NamedTuple):
@@ -169,6 +169,13 @@ class _Join:
         )
         if self._knows_deletions:
             self._add_strays(source, keys, seqs, ~is_known, findings)
+        if source.stands_for is not None:
+            is_again = is_match.copy()
+            is_again[is_match] = self._has_row[place[is_match]]
+            rows = _examples(keys, seqs, is_again)
+            findings.add(
+                (f"{key}: twice in one snapshot, again in {source.ref.key}" for key, _ in rows), is_again.sum()
+            )
         self._has_row[place[is_match]] = True
         if not is_labels:
             return []
@@ -270,9 +277,9 @@ def count_listing(
 ) -> Counter[str]:
     """List a range of the source and compare it with its catalog: objects by what the catalog knows of them.
 
-    `accounted` as they are, `changed` and `new` (of which `older` are dated before the run began), `not_looked_at`
-    beyond a run's limit, `filtered`, and of the catalog `gone` and `out_of_scope`. Raises UnstableError if the listing
-    is not in order.
+    `accounted` as they are, `changed` and `new` (of which `older` are dated more than a day before the run began),
+    `not_looked_at` beyond a run's limit, `filtered`, and of the catalog `gone` and `out_of_scope`. Raises UnstableError
+    if the listing is not in order.
     """
     source, output = storage.connect(input_url), storage.connect(output_url)
     listed = (
@@ -280,7 +287,8 @@ def count_listing(
         for page in scope.pages(source, key_range.after, key_range.through)
         for info, is_in_scope in page
     )
-    is_meant, began = scope.predicate(), datetime.fromisoformat(run_began)
+    # A day, because the date of a large upload is that of its begin.
+    is_meant, long_ago = scope.predicate(), datetime.fromisoformat(run_began) - timedelta(days=1)
     counts: Counter[str] = Counter()
     for found, row in diff.merge_join(listed, catalog.read_rows(output, key_range.files)):
         if found is None:
@@ -296,5 +304,5 @@ def count_listing(
         else:
             counts["new"] += 1
             dated = found.info.last_modified
-            counts["older"] += dated is not None and dated < began
+            counts["older"] += dated is not None and dated < long_ago
     return counts

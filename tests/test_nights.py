@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import boto3
@@ -23,6 +24,7 @@ from PIL import Image
 from pipeline import catalog, listing, storage, store, verify, view
 from pipeline.config import load_config
 from pipeline.draw import draw_file
+from pipeline.errors import SourceError
 from pipeline.run import label_bucket
 
 NUM_OBJECTS = 5000
@@ -172,21 +174,65 @@ def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, mo
     assert published.entries(output)[2]["counts"]["labeled"] == 1
 
 
-def test_a_bucket_that_is_emptied_while_a_night_plans_deletes_nothing(head: Head, model: str) -> None:
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="emptying")
-    put("emptying", {f"in/{number}.jpg": picture(number) for number in range(8)})
-    output = "s3://emptying/out"
-    options = ("--input", "s3://emptying/in", "--output", output, "--model", model, "--gpu-actors=1")
+def test_a_source_that_is_empty_where_the_workers_are_deletes_nothing_and_the_next_night_sees_all(
+    driver: None, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", str(tmp_path / "out")
+    images.mkdir()
+    for number in range(8):
+        (images / f"{number}.jpg").write_bytes(picture(number))
+    config = load_config(["--input", str(images), "--output", output, "--model", model, "--gpu-actors=1"], {})
+    label_bucket(config, start_engine=lambda: None)
+
+    def unmount() -> None:
+        images.rename(tmp_path / "elsewhere")
+        images.mkdir()
+
+    with pytest.raises(SourceError, match="expected objects, found none, and an earlier night labeled some"):
+        label_bucket(config, start_engine=unmount)
+    images.rmdir()
+    (tmp_path / "elsewhere").rename(images)
+    label_bucket(config, start_engine=lambda: None)
+    first, given_up, second = published.entries(output)
+    assert (first["kind"], given_up["kind"], second["kind"]) == ("run", "abandoned", "run")
+    assert (second["counts"]["unchanged"], second["counts"]["deleted"]) == (8, 0)
+
+
+def test_a_night_that_died_long_ago_is_finished_and_then_tonight_is_planned(
+    head: Head, model: str, tmp_path: Path
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(picture(1))
+    options = ("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
+    assert head.label_bucket(*options, crash_at="plan-sealed").returncode == -signal.SIGKILL
+    claim = output / "_log" / "00000001.claim.json"
+    values = json.loads(claim.read_text())
+    yesterday = datetime.fromisoformat(values["created_at"]) - timedelta(hours=20)
+    claim.write_text(json.dumps({**values, "created_at": yesterday.isoformat()}))
+    (images / "2.jpg").write_bytes(picture(2))
+    # What is left of the report of a driver that died while it wrote it.
+    report = next(output.glob("_runs/*/report.json"), output / "_runs" / values["run_id"] / "report.json")
+    report.write_bytes(b'{"run_id": "000')
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    assert "planning anew" in done.stderr
+    counts = [(entry["counts"]["labeled"], entry["counts"]["unchanged"]) for entry in published.entries(str(output))]
+    assert counts == [(1, 0), (1, 1)]
+
+
+def test_a_report_that_cannot_be_read_keeps_nobody_from_the_next_night(head: Head, model: str, tmp_path: Path) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "1.jpg").write_bytes(picture(1))
+    options = ("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
     assert head.label_bucket(*options).returncode == 0
-    put("emptying", {"in/new.jpg": picture(9)})
-    assert head.label_bucket(*options, crash_at="ranges-sealed").returncode == -signal.SIGKILL
-    for name in [*map(str, range(8)), "new"]:
-        client.delete_object(Bucket="emptying", Key=f"in/{name}.jpg")
-    refused = head.label_bucket(*options)
-    assert refused.returncode == 3, refused.stderr
-    assert len(published.entries(output)) == 1
-    assert published.table(output, "deletions").num_rows == 0
+    (report,) = output.glob("_runs/*/report.json")
+    report.write_bytes(b'{"run_id": "000')
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    first, second = published.reports(str(output))
+    assert (first["exit_code"], second["exit_code"]) == (0, 0)
 
 
 def test_a_catalog_file_that_is_gone_or_damaged_ends_the_night_and_restoring_it_finishes_it(

@@ -1,12 +1,14 @@
 """An output of three nights in two spaces, and every damage to it: each is the finding of one check and of no other."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +147,29 @@ def test_what_the_catalog_lacks_is_new_or_for_a_limited_run_not_looked_at(copy: 
     space = space_of(copy, 1)
     (listing,) = [each for each in look(copy.root, space_id=space) if each.name == f"listing {space}"]
     assert "60 accounted for + 0 filtered + 0 changed + 38 new since run" in listing.text
-    assert listing.examples[0].startswith("warning: 38 of the new ones are dated before that run began")
+    assert listing.examples == ()
+    claim = copy.root / "_log" / "00000002.claim.json"
+    later = datetime.now(UTC) + timedelta(days=2)
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "created_at": later.isoformat()}))
+    (listing,) = [each for each in look(copy.root, space_id=space) if each.name == f"listing {space}"]
+    assert listing.examples[0].startswith("warning: 38 of the new ones are dated more than a day before that run began")
     entry = copy.entry(2)
     copy.set_entry(2, {**entry, "identity": {**entry["identity"], "limit": 60}})
     (listing,) = [each for each in look(copy.root, space_id=space) if each.name == f"listing {space}"]
     assert "+ 0 new since run" in listing.text
     assert "+ 38 not looked at (it had a limit); 0 gone" in listing.text
     assert listing.examples == ()
+
+
+def test_a_snapshot_that_lacks_rows_of_its_runs_is_noticed_while_their_files_still_stand(copy: Copy) -> None:
+    second = copy.entry(2)
+    snapshot = {
+        **{name: second[name] for name in ("schema_version", "identity", "run_date", "model_id", "model_revision")},
+        **{"kind": "snapshot", "run_id": "00000004-00000000", "run_seq": 4, "through_seq": 2, "committed_at": "now"},
+        "labels": [],
+    }
+    copy.set_entry(4, snapshot)
+    assert set(failed(copy.root)) == {f"catalog {space_of(copy, 1)}"}
 
 
 def test_files_of_the_open_run_are_in_progress_and_others_are_not(copy: Copy) -> None:
