@@ -77,7 +77,8 @@ def compare(
             continue
         gone.pass_by(found.info.key)
         counts["listed"] += 1
-        if not found.is_in_scope:
+        # A folder marker in place of what was an object is that object, changed.
+        if not (found.is_in_scope or (row is not None and is_meant(found.info.key))):
             counts["filtered"] += 1
             counts["kept"] += row is not None
             continue

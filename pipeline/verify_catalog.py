@@ -86,7 +86,8 @@ def within(span: KeyRange, sources: Iterable[Source]) -> list[Source]:
     return [
         each
         for each in sources
-        if each.ref.last_key > span.after and (span.through is None or each.ref.first_key <= span.through)
+        if (not span.after or each.ref.last_key > span.after)
+        and (span.through is None or each.ref.first_key <= span.through)
     ]
 
 
@@ -242,7 +243,7 @@ class _Join:
         """Rows of the span, and of a snapshot those that it stands for."""
         table = pq.read_table(io.BytesIO(catalog.read_file(self._output, source.ref)), columns=columns)
         keys = self._keys_of(table)
-        is_here = pc.greater(keys, self._span.after)
+        is_here = pc.greater_equal(keys, "") if not self._span.after else pc.greater(keys, self._span.after)
         if self._span.through is not None:
             is_here = pc.and_(is_here, pc.less_equal(keys, self._span.through))
         if source.stands_for is not None:
@@ -294,7 +295,7 @@ def count_listing(
         if found is None:
             assert row is not None
             counts["gone" if is_meant(row["key"]) else "out_of_scope"] += 1
-        elif not found.is_in_scope:
+        elif not (found.is_in_scope or (row is not None and is_meant(row["key"]))):
             counts["filtered"] += 1
         elif row is not None:
             is_same = (row["etag"], row["size_bytes"]) == (found.info.etag, found.info.size_bytes)

@@ -202,6 +202,14 @@ def test_a_range_is_listed_again_when_its_listing_contradicts_itself(place: Plac
     assert not any("run 2" in name for name in storage.list_keys(place.output, ""))
 
 
+def test_an_object_that_became_a_folder_marker_is_a_changed_object_and_other_markers_are_filtered(place: Place) -> None:
+    place.remember([row("a/"), row("b/1")])
+    source = Listing([info("a/")._replace(size_bytes=0, etag="e0"), info("b/")._replace(size_bytes=0), info("b/1")])
+    planned, gone, counts = compare(source, place, [place.whole])
+    assert (planned, gone) == (["a/"], [])
+    assert (counts["filtered"], counts["unchanged"]) == (1, 1)
+
+
 # --- keys and cuts on a real server -------------------------------------------------------------------------------
 
 ODD_KEYS = [
