@@ -17,12 +17,10 @@ import ray
 import ray.exceptions
 
 from pipeline.errors import LabelBucketError
-from pipeline.tasks import in_order
+from pipeline.tasks import FILE_TASK, in_order
 
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """`itertools.starmap`, or something that gives the same from elsewhere."""
-
-_TASK: dict[str, Any] = {"num_cpus": 0.5, "memory": 3 << 28, "max_retries": 3}
 
 
 def start() -> None:
@@ -74,7 +72,7 @@ def on_cluster(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]
 
     `function` is one of a module, and is run again where a worker died.
     """
-    remote = ray.remote(function).options(**_TASK)
+    remote = ray.remote(function).options(**FILE_TASK)
     return in_order(lambda each: remote.remote(*each), arguments)
 
 

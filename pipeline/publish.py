@@ -30,7 +30,7 @@ from pipeline.outcomes import RangeTotals
 from pipeline.parts import PartSummary
 from pipeline.plan import Plan
 from pipeline.storage import Store
-from pipeline.tasks import in_order
+from pipeline.tasks import FILE_TASK, in_order
 
 TARGET_FILE_BYTES = 80 * 2**20
 """Ranges are joined up to this size, and cut into equal files of at most a little more, so that a file ends between 64
@@ -40,7 +40,6 @@ MAX_FILE_BYTES = 84 * 2**20
 MAX_FILE_FAILURES = 200_000
 _TOMBSTONE = b'"abandoned"'
 """The seal of a run that was given up."""
-_TASK = {"num_cpus": 0.5, "memory": 3 << 28, "max_retries": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def read_totals(output: Store, claim: Claim, sealed_plan: Plan) -> list[RangeTot
     """
     with_units = [each.range_id for each in sealed_plan.ranges if each.num_units]
     summaries = in_order(
-        lambda range_id: _summarize_range.options(**_TASK).remote(output.root, claim, range_id), with_units
+        lambda range_id: _summarize_range.options(**FILE_TASK).remote(output.root, claim, range_id), with_units
     )
     found_of = dict(zip(with_units, metered(summaries, "checking ranges", len(with_units)), strict=True))
     totals = [found_of.get(each.range_id) or outcomes.nothing(each.range_id) for each in sealed_plan.ranges]
@@ -256,20 +255,22 @@ def _publish(
 ) -> Iterator[tuple[FileRef, drift.Profile | None]]:
     """The files of all groups of one kind, in key order, those of labels with their profile."""
     if groups and groups[0].kind == "deletions":
-        for refs in in_order(lambda each: _publish_deletions.options(**_TASK).remote(output.root, claim, each), groups):
+        for refs in in_order(
+            lambda each: _publish_deletions.options(**FILE_TASK).remote(output.root, claim, each), groups
+        ):
             yield from ((ref, None) for ref in refs)
         return
 
-    def lay_out(group: FileGroup) -> "ray.ObjectRef[int]":
+    def start_layout(group: FileGroup) -> "ray.ObjectRef[int]":
         of_group = [totals[name] for name in group.range_ids]
-        return _lay_out.options(**_TASK).remote(output.root, claim.run_id, group, of_group)
+        return _lay_out.options(**FILE_TASK).remote(output.root, claim.run_id, group, of_group)
 
-    def publish_file(place: tuple[FileGroup, int]) -> "ray.ObjectRef[tuple[FileRef, drift.Profile | None]]":
-        return _publish_file.options(**_TASK).remote(output.root, claim, *place)
+    def start_file(place: tuple[FileGroup, int]) -> "ray.ObjectRef[tuple[FileRef, drift.Profile | None]]":
+        return _publish_file.options(**FILE_TASK).remote(output.root, claim, *place)
 
-    num_files_of = zip(groups, in_order(lay_out, groups), strict=True)
+    num_files_of = zip(groups, in_order(start_layout, groups), strict=True)
     places = [(group, number) for group, num_files in num_files_of for number in range(num_files)]
-    for published in metered(in_order(publish_file, places), "publishing files", len(places)):
+    for published in metered(in_order(start_file, places), "publishing files", len(places)):
         yield published
         crash_point("file-published")
 
@@ -284,7 +285,7 @@ def _publish_catalog(
     ranges = read_ranges(output, claim.run_id)
     to_renew = [each for each in ranges if each.range_id in changed]
     files_of = in_order(
-        lambda each: _renew_range.options(**_TASK).remote(output.root, claim, each, totals[each.range_id]),
+        lambda each: _renew_range.options(**FILE_TASK).remote(output.root, claim, each, totals[each.range_id]),
         to_renew,
     )
     names = [each.range_id for each in to_renew]

@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: an S3 server, buckets in it, and the operator's photos."""
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ def head(s3: S3Server) -> Iterator[Head]:
     """A Ray head whose workers reach the S3 server."""
     with running_head({**os.environ, **s3.environment()}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def driver(head: Head) -> Iterator[Head]:
+    """This process as a driver of the head, which is imported only now: see pytest_configure."""
+    import ray
+
+    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
+    yield head
+    ray.shutdown()
 
 
 @pytest.fixture

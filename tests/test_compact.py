@@ -3,10 +3,9 @@
 import io
 import itertools
 import json
-import logging
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import published
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from cluster import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,14 +32,6 @@ from pipeline.errors import ConfigError, ConflictError
 from pipeline.storage import Store
 
 KINDS: Sequence[PartitionBy] = ("none", "run_date", "label", "first_key")
-
-
-@pytest.fixture(scope="module")
-def driver(head: Head) -> Iterator[Head]:
-    """This process as a driver of the head."""
-    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield head
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """The shape of the pipeline on the engine: one unit is one part, and no stages fuse."""
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import pyarrow as pa
 import pytest
-import ray
 from cluster import Head
 
 from pipeline import canary, catalog, checkpoint, dataset, decode, engine, parts, plan, schema, storage
@@ -17,14 +14,6 @@ from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.listing import Scope
 from pipeline.preprocess import spec_from_config
-
-
-@pytest.fixture(scope="module")
-def driver(head: Head) -> Iterator[Head]:
-    """This process as a driver of the head."""
-    ray.init(address=head.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield head
-    ray.shutdown()
 
 
 @pytest.fixture
