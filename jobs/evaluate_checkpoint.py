@@ -38,8 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     if (flags.compare is None) == (flags.dataset is None):
         parser.error("expected --dataset WHERE with --model NAME, or --compare A B")
-    if flags.dataset is not None and flags.model is None:
-        parser.error("expected --model NAME with --dataset")
+    if (flags.dataset is None) != (flags.model is None) or (flags.compare and flags.predictions):
+        parser.error(
+            "expected --model NAME and --predictions FILE only with --dataset, and --dataset only with --model"
+        )
     logging.basicConfig(level=flags.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     engine.quieten()
     try:

@@ -21,7 +21,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
     sections = [
         "\n".join(_about(evaluation)),
         _aligned(_accuracies(evaluation)),
-        "\n".join(_failures(first)),
+        "\n".join([*_published(evaluation), *_failures(first)]),
         _aligned(_weakest(first)),
         _aligned(_confused(first)),
     ]
@@ -62,7 +62,12 @@ def _accuracies(evaluation: Evaluation) -> Iterator[Sequence[str]]:
         )
     if evaluation.published is not None:
         top_1, top_5 = evaluation.published
-        yield ("published", "", f"{100 * top_1:.1f}", "ImageNet-1k, paper", f"{100 * top_5:.1f}")
+        yield ("published", "", f"{100 * top_1:.1f}", "", f"{100 * top_5:.1f}")
+
+
+def _published(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.published is not None:
+        yield "published: on the validation set of ImageNet-1k, preprocessed as in `paper`"
 
 
 def _failures(result: Result) -> Iterator[str]:
@@ -72,8 +77,10 @@ def _failures(result: Result) -> Iterator[str]:
 
 
 def _weakest(result: Result) -> Iterator[Sequence[str]]:
-    classes = sorted(result.metrics.classes, key=lambda each: (each.top_1, each.top_5, each.label_id))
-    yield (f"least accurate, {result.preprocess} {result.precision}", "pictures", "top-1 %", "top-5 %")
+    wrong = (each for each in result.metrics.classes if each.top_1 < 1)
+    classes = sorted(wrong, key=lambda each: (each.top_1, each.top_5, each.label_id))
+    if classes:
+        yield (f"least accurate, {result.preprocess} {result.precision}", "pictures", "top-1 %", "top-5 %")
     for each in classes[:MAX_LINES]:
         yield (each.name, f"{each.num_images:,}", _per_cent(each.top_1), _per_cent(each.top_5))
 

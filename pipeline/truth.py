@@ -16,6 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Of the HTTP library, whose name differs between the hub client's versions.
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
+
 from pipeline import storage
 from pipeline.errors import ConfigError, SourceError
 from pipeline.storage import ObjectInfo, describe
@@ -207,7 +210,7 @@ def _load(where: str, subset: str | None) -> dict[str, Any]:
         ) from error
     except FileNotFoundError as error:
         raise ConfigError(f"--dataset {where}: expected data files, found none ({_line(error)})") from error
-    except OSError as error:
+    except (OSError, TransportError) as error:
         raise SourceError(
             f"--dataset {where}: no such folder here, and the hub cannot be reached ({_line(error)}); check the"
             " connection and HF_HUB_OFFLINE"
@@ -285,7 +288,7 @@ def _next_row(rows: Iterator[dict[str, Any]], labeled: LabeledSet) -> dict[str, 
 
     try:
         return next(rows, None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, TransportError, ValueError, DatasetsError) as error:
         raise SourceError(f"--dataset {labeled}: cannot be read on ({_line(error)})") from error
 
 
