@@ -7,7 +7,7 @@ cannot be decoded counts as wrong. Nothing is published.
 
   --dataset WHERE   what is at WHERE
   FOLDER or URL     pictures as <class>/<file>, in any place that label_bucket.py can read
-  *.parquet         a column of images or of {bytes, path}, and one of labels
+  *.parquet         files here or at a URL: a column of images, bytes or {bytes, path}, and one of labels
   OWNER/NAME        a data set of the Hugging Face hub, streamed; HF_TOKEN or `hf auth login` for those that need one
   FOLDER            of data files that `datasets` can load
 

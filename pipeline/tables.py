@@ -123,7 +123,8 @@ def _cosines(comparison: Comparison) -> Iterator[Sequence[str]]:
     if (cosines := comparison.cosines) is None:
         return
     text = f"mean {cosines.mean:.6f}, 1st percentile {cosines.first_percentile:.6f}, least {cosines.least:.6f}"
-    yield ("cosine of the vectors", f"{text} ({cosines.least_uri})")
+    yield ("cosine of the vectors", text)
+    yield ("least alike", cosines.least_uri)
     if comparison.a.weights_digest != comparison.b.weights_digest:
         yield ("", "of two models: they say little, since each has directions of its own")
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 
 from pipeline import storage
 from pipeline.errors import ConfigError, SourceError
+from pipeline.meter import metered
 from pipeline.storage import ObjectInfo, describe
 
 DATA_SUFFIXES = (".parquet", ".arrow", ".tar", ".zip", ".json", ".jsonl", ".csv", ".tsv")
@@ -91,25 +92,26 @@ def open_set(
     id. Raises ConfigError for a set, subset, split or column that is not there, SourceError if it cannot be read or has
     no pictures.
     """
-    is_local = "://" not in where
-    if not where.endswith(".parquet") and (not is_local or Path(where).expanduser().is_dir()):
-        store = storage.connect(where)
-        first = next(store.list_pages(), [])
-        if not any(info.key.endswith(DATA_SUFFIXES) for info in first):
-            if split or subset or image_column or label_column:
-                raise ConfigError(
-                    f"--dataset {where}: a folder of <class>/<file> has no splits or columns; give the folder of the"
-                    " split itself"
-                )
-            return _open_folder(where)
-        if not is_local:
-            raise ConfigError(f"--dataset {where}: expected <class>/<file>, found {first[0].key}; name *.parquet files")
-        where = str(Path(where).expanduser().absolute())
-    elif is_local and not where.endswith(".parquet") and not _HUB_ID.fullmatch(where):
-        raise ConfigError(
-            f"--dataset {where}: expected a folder, a URL, Parquet files or a hub id, found no such folder"
-        )
-    return _open_table(where, split, subset, image_column, label_column)
+    if where.endswith(".parquet"):
+        return _open_table(where, split, subset, image_column, label_column)
+    is_url = "://" in where
+    if not is_url and not Path(where).expanduser().is_dir():
+        if not _HUB_ID.fullmatch(where):
+            raise ConfigError(
+                f"--dataset {where}: expected a folder, a URL, Parquet files or a hub id, found no such folder"
+            )
+        return _open_table(where, split, subset, image_column, label_column)
+    data_file = _data_file(where)
+    if data_file is None:
+        if split or subset or image_column or label_column:
+            raise ConfigError(
+                f"--dataset {where}: a folder of <class>/<file> has no splits or columns; give the folder of the split"
+                " itself"
+            )
+        return _open_folder(where)
+    if is_url:
+        raise ConfigError(f"--dataset {where}: expected <class>/<file>, found {data_file}; give URL/*.parquet instead")
+    return _open_table(str(Path(where).expanduser().absolute()), split, subset, image_column, label_column)
 
 
 def items(labeled: LabeledSet, *, limit: int | None = None, fraction: float = 1.0, seed: int = 0) -> Iterator[Item]:
@@ -132,11 +134,17 @@ def _draw(text: str) -> float:
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
+def _data_file(where: str) -> str | None:
+    """A file that says how its folder is to be read, among the first thousand."""
+    first = next(storage.connect(where).list_pages(), [])
+    return next((info.key for info in first if info.key.endswith(DATA_SUFFIXES)), None)
+
+
 def _open_folder(where: str) -> LabeledSet:
     counts: Counter[str] = Counter()
     num_outside = 0
     root = storage.normalize(where)
-    for info in _visible(root):
+    for info in metered(_visible(root), f"listing {root}", None):
         name, slash, _ = info.key.partition("/")
         counts[name] += bool(slash)
         num_outside += not slash
@@ -197,12 +205,19 @@ def _load(where: str, subset: str | None) -> dict[str, Any]:
     """Split -> `datasets.IterableDataset`."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     where = where.removeprefix("file://")
     try:
         if where.endswith(".parquet"):
-            return dict(datasets.load_dataset("parquet", data_files={"data": where}, streaming=True))
-        return dict(datasets.load_dataset(where, subset, streaming=True))
+            builder = datasets.load_dataset_builder("parquet", data_files={"data": where})
+        else:
+            builder = datasets.load_dataset_builder(where, subset)
+        if isinstance(builder.config, ParquetConfig):
+            # By default every row group that was read stays in memory until the file ends.
+            builder.config.fragment_scan_options = ParquetFragmentScanOptions(pre_buffer=False)
+        return dict(builder.as_streaming_dataset())
     except DatasetNotFoundError as error:
         raise ConfigError(
             f"--dataset {where}: no such folder here, and not on the hub or not for this login; check the name, accept"

@@ -243,7 +243,11 @@ def test_classes_that_match_nothing_are_listed_before_anything_starts(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--model", DEMO, "--compare", "a", "b"], 2, "expected --model NAME and --predictions FILE only with --dataset"),
+        (
+            ["--model", DEMO, "--compare", "a", "b"],
+            2,
+            "expected --model NAME and --predictions FILE only with --dataset",
+        ),
         ([], 2, "expected --dataset WHERE with --model NAME, or --compare A B"),
         (["--model", "nope/x/y", "--dataset", "IN"], 2, "model nope/x/y: expected demo, a folder, a URL"),
         (["--model", DEMO, "--dataset", "IN/none"], 2, "IN/none: expected a folder, a URL, Parquet files or a hub id"),

@@ -144,7 +144,8 @@ B's best within A's 5       99.99 %
 score of the best, B - A    -0.0123 on average
 top-1 of A, of B            50.00 %, 25.00 %
 only A right, only B right  1,200, 3
-cosine of the vectors       mean 0.990000, 1st percentile 0.900000, least -0.500000 (s3://in/a.jpg)
+cosine of the vectors       mean 0.990000, 1st percentile 0.900000, least -0.500000
+least alike                 s3://in/a.jpg
                             of two models: they say little, since each has directions of its own
 
 score in A  pictures  other in B     %

@@ -94,6 +94,20 @@ def test_a_bucket_prefix_of_classes_is_read_like_a_folder(s3: S3Server, bucket: 
     assert contents(labeled) == [(file.label, file.data) for file in sorted(FILES, key=lambda file: file.path)]
 
 
+def test_a_bucket_prefix_of_data_files_is_told_how_to_name_them(s3: S3Server, bucket: str) -> None:
+    put(s3, bucket, {"val/a.jpg": b"x", "val/b.parquet": b"y"})
+    with pytest.raises(ConfigError, match=r"expected <class>/<file>, found b\.parquet; give URL/\*\.parquet instead"):
+        truth.open_set(f"{bucket}/val")
+
+
+def test_parquet_in_a_bucket_is_a_set_too(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet")
+    put(s3, bucket, {"val/x.parquet": (tmp_path / "x.parquet").read_bytes()})
+    labeled = truth.open_set(f"{bucket}/val/*.parquet")
+    assert labeled.uri_root == f"{bucket}/val/*.parquet#data"
+    assert contents(labeled) == EXPECTED
+
+
 @pytest.mark.parametrize("files", [[], ["a.jpg", "b.jpg"], [".x/a.jpg"]])
 def test_a_folder_without_a_picture_in_a_class_is_refused(tmp_path: Path, files: list[str]) -> None:
     for name in files:
