@@ -56,7 +56,13 @@ _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|U
 _GROUPS: Mapping[str, Mapping[str, str | None]] = {
     "what to label": {"input": "URL", "include": "GLOB", "exclude": "GLOB", "limit": "IMAGES"},
     "the model": {"model": "NAME", "revision": "COMMIT", "preprocess": None},
-    "what is written": {"output": "URL", "top_k": "LABELS", "embedding": None, "run_date": "YYYY-MM-DD"},
+    "what is written": {
+        "output": "URL",
+        "top_k": "LABELS",
+        "embedding": None,
+        "image_stats": None,
+        "run_date": "YYYY-MM-DD",
+    },
     "with which means": {"device": None, "precision": None, "batch_size": "IMAGES", "gpu_actors": "ACTORS"},
     "what an image may cost": {"max_image_bytes": "BYTES", "max_image_px": "PIXELS", "object_deadline_s": "SECONDS"},
     "every night": {"retry_failed": None, "full": None, "allow_empty": None},
@@ -183,6 +189,8 @@ class Config(BaseSettings):
     embedding: Pooling = "pooled"
     """Which tokens make the embedding. pooled: CLS, for distilled models the mean of both tokens; none: no such
     column."""
+    image_stats: bool = False
+    """Also write the bytes' SHA-256, a perceptual hash, sharpness and mean luminance of each image; otherwise null."""
     run_date: Annotated[date | None, BeforeValidator(_plain_date)] = None
     """The date in the names of what is written. Unset: today in UTC, kept when the run is resumed another day."""
 

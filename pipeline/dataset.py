@@ -63,6 +63,7 @@ class Task:
     top_k: int
     precision: Literal["auto", "fp32", "bf16"]
     batch_size: int | None
+    image_stats: bool = False
     canaries: canary.Vectors | None = field(default=None, compare=False)
     """What the canary images must look like to every actor; None in a space's first run, until its own are known."""
 
@@ -217,7 +218,9 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     started_s = time.perf_counter()
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
     source = storage.connect(task.input_url)
-    table, decode_s = prepare_unit(source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s)
+    table, decode_s = prepare_unit(
+        source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s, has_stats=task.image_stats
+    )
     prepare_s = time.perf_counter() - started_s
     facts = {"range_id": row["range_id"], "unit_id": row["unit_id"], "prepare_s": prepare_s, "decode_s": decode_s}
     return pack_unit(table, facts)

@@ -26,7 +26,16 @@ from pipeline.meter import metered
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Report
 from pipeline.publish import Published
-from pipeline.request import PRECISION, Request, footer_metadata, nothing_to_label, resolve, versions, worker_task
+from pipeline.request import (
+    IMAGE_STATS,
+    PRECISION,
+    Request,
+    footer_metadata,
+    nothing_to_label,
+    resolve,
+    versions,
+    worker_task,
+)
 from pipeline.storage import Store
 from pipeline.tasks import in_order
 
@@ -233,8 +242,12 @@ def _label(
         _log.info("resuming: %s of %s images have their part", f"{progress.num_done:,}", f"{progress.num_images:,}")
     if first is None:
         return
-    # A run that is resumed on another device keeps the precision it began with: its files name one.
-    task = replace(worker_task(config, request, claim.run_id, claim.metadata[PRECISION]), canaries=reference)
+    # A run that is resumed keeps the precision and the columns it began with, on whatever device: its files name one.
+    task = replace(
+        worker_task(config, request, claim.run_id, claim.metadata[PRECISION]),
+        image_stats=claim.metadata[IMAGE_STATS] == str(True),
+        canaries=reference,
+    )
     if request.base is not None:  # otherwise it was checked before the claim
         dataset.check_model(task, resources.device)
     try:
