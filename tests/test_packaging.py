@@ -42,6 +42,7 @@ ORDER = (
         "tasks",
         "schema",
         "store",
+        "store_s3_get",
         "store_s3",
         "store_local",
         "store_fsspec",
@@ -198,7 +199,7 @@ def test_module_imports_only_from_modules_before_it(name: str) -> None:
 
 
 def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
-    stores = {f"pipeline/{name}.py" for name in ("storage", "store_s3", "store_local", "store_fsspec")}
+    stores = {f"pipeline/{name}.py" for name in ("storage", "store_s3", "store_s3_get", "store_local", "store_fsspec")}
     allowed = {*stores, "pipeline/config.py", "pipeline/listing.py", "jobs/draw_images.py"}
     assert importers("fsspec", "s3fs", "botocore") <= allowed
 
