@@ -70,6 +70,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
         "max_failed_fraction": "SHARE",
         "dry_run": None,
         "abandon_run": None,
+        "single_writer": None,
         "config": "FILE",
         "log_level": None,
     },
@@ -223,6 +224,8 @@ class Config(BaseSettings):
     """Stop after the plan: say what would be done and write no labels."""
     abandon_run: bool = False
     """Give up the unfinished run of this output, instead of resuming it."""
+    single_writer: bool = False
+    """State that no other run ever works on this output: needed on stores that ignore If-None-Match."""
     config: Path | None = None
     """TOML file with any of these options, named with underscores: top_k = 3. Unset: no file."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

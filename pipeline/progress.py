@@ -138,6 +138,8 @@ class Report:
     drift: dict[str, Any] | None = None
     """Tonight against the last run of this space that is large enough, see `drift.Drift`; None if there is none."""
     versions: dict[str, str] = field(default_factory=dict)
+    store: dict[str, bool] = field(default_factory=dict)
+    """What the output's store does and does not, see `capability.Capabilities`."""
     started_at: str = ""
     ended_at: str = ""
 

@@ -14,7 +14,21 @@ from datetime import UTC, datetime, timedelta
 
 import ray
 
-from pipeline import canary, dataset, drift, engine, heartbeat, log, outcomes, parts, plan, publish, snapshot, storage
+from pipeline import (
+    canary,
+    capability,
+    dataset,
+    drift,
+    engine,
+    heartbeat,
+    log,
+    outcomes,
+    parts,
+    plan,
+    publish,
+    snapshot,
+    storage,
+)
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
@@ -78,6 +92,7 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources), None
+    store_does = capability.check(output, is_single_writer=config.single_writer)
     if config.abandon_run and state.open_claim is not None:
         publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
@@ -109,6 +124,7 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
         precision=claim.metadata[PRECISION],
         num_actors=resources.num_actors,
         versions=versions(),
+        store=asdict(store_does),
         started_at=_now(),
     )
     with _reporting(report, output):

@@ -42,9 +42,10 @@ class Fault:
     A number is answered instead of forwarding. `slow` forwards after 50 ms, `stall` after 3 s. `reset` closes the
     connection before forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it
     with a matching length, `flip` all of it with one bit changed, `swapped` as many other bytes.
+    `unconditional` forwards without conditions, as a store that ignores them.
     """
 
-    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped"]
+    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped", "unconditional"]
     method: str
     key: str
     times: float = 1
@@ -184,6 +185,8 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             if kind == "reset":
                 self._reset()
                 return
+            if kind == "unconditional":
+                del self.headers["If-None-Match"], self.headers["If-Match"]
             status, headers, data = self._forward(body)
             if kind == "answer_lost":
                 self._reset()

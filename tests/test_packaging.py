@@ -66,7 +66,7 @@ ORDER = (
         "label",
     ),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("view", "snapshot", "engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("view", "snapshot", "capability", "engine", "dataset", "progress", "request", "heartbeat", "run"),
     *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("shapes", "draw"),
 )
