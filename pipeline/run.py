@@ -251,7 +251,7 @@ def _label(
     reference: canary.Vectors,
 ) -> None:
     """Give every unit that has none its part."""
-    progress = Progress(sealed.counts["planned"])
+    progress = Progress(sealed.counts["planned"], resources.max_prepares)
     work = _unfinished(request.output, sealed, progress)
     first = next(work, None)
     if progress.num_done:
@@ -274,6 +274,8 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
+        report.bottleneck = asdict(progress.bottleneck())
+        _log.info("%s", progress.bottleneck().advice)
 
 
 def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:
