@@ -113,11 +113,14 @@ class S3Store:
 
     def _call(self, what: str, deadline_s: float, coroutine: Callable[..., Any], **arguments: Any) -> Any:
         async def attempt() -> Any:
+            store_s3_get.check_endpoint(str((await _s3().set_session()).meta.endpoint_url))
             # The client's own limits are per read: a server that sends a byte now and then never meets them.
             return await asyncio.wait_for(coroutine(Bucket=self._bucket, **arguments), deadline_s)
 
         try:
             return fsspec.asyn.sync(_s3().loop, attempt)
+        except SourceError:
+            raise
         except TimeoutError as error:
             raise AgainError("no complete answer in time") from error
         except Exception as error:

@@ -433,3 +433,25 @@ def test_the_cheap_client_reads_a_public_bucket_without_credentials(s3: S3Server
     )
     assert (ended.stdout, ended.stderr[-500:]) == ("bytes\n", "")
     assert _user_agents(s3, f"{bucket[5:]}/key") == ["object_store"]
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "[fd00:ec2::254]", "[::ffff:169.254.169.254]"])
+def test_an_endpoint_at_a_link_local_address_is_refused_before_any_request(host: str) -> None:
+    code = (
+        "from pipeline import storage; from pipeline.errors import SourceError\n"
+        "from pipeline.storage import ObjectInfo\n"
+        "store, info = storage.connect('s3://bucket'), ObjectInfo('key', 5, 'a' * 32, None)\n"
+        "for ask in (lambda: store.get('key', listed=info), lambda: next(store.list_pages())):\n"
+        "    try: ask()\n"
+        "    except SourceError as error: print(error)"
+    )
+    environment = {**os.environ, "AWS_ENDPOINT_URL": f"http://{host}/latest"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("found the link-local address" in line for line in lines)
+
+
+def test_an_endpoint_that_does_not_resolve_or_is_private_is_no_link_local_one() -> None:
+    for url in ("http://no.such.host.invalid:9000", "http://10.0.0.1", "http://127.0.0.1:9", "http://[fd12::1]"):
+        store_s3_get.check_endpoint(url)
