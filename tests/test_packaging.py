@@ -52,7 +52,7 @@ ORDER = (
     ),
     *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("view", "snapshot", "engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("view", "snapshot", "sheet", "engine", "dataset", "progress", "request", "heartbeat", "run"),
     *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("shapes", "draw"),
 )
