@@ -56,7 +56,13 @@ _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|U
 _GROUPS: Mapping[str, Mapping[str, str | None]] = {
     "what to label": {"input": "URL", "include": "GLOB", "exclude": "GLOB", "limit": "IMAGES"},
     "the model": {"model": "NAME", "revision": "COMMIT", "preprocess": None},
-    "what is written": {"output": "URL", "top_k": "LABELS", "embedding": None, "run_date": "YYYY-MM-DD"},
+    "what is written": {
+        "output": "URL",
+        "top_k": "LABELS",
+        "embedding": None,
+        "image_stats": None,
+        "run_date": "YYYY-MM-DD",
+    },
     "with which means": {"device": None, "precision": None, "batch_size": "IMAGES", "gpu_actors": "ACTORS"},
     "what an image may cost": {"max_image_bytes": "BYTES", "max_image_px": "PIXELS", "object_deadline_s": "SECONDS"},
     "every night": {"retry_failed": None, "full": None, "allow_empty": None},
@@ -64,6 +70,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
         "max_failed_fraction": "SHARE",
         "dry_run": None,
         "abandon_run": None,
+        "single_writer": None,
         "config": "FILE",
         "log_level": None,
     },
@@ -183,6 +190,8 @@ class Config(BaseSettings):
     embedding: Pooling = "pooled"
     """Which tokens make the embedding. pooled: CLS, for distilled models the mean of both tokens; none: no such
     column."""
+    image_stats: bool = False
+    """Also write the bytes' SHA-256, a perceptual hash, sharpness and mean luminance of each image; otherwise null."""
     run_date: Annotated[date | None, BeforeValidator(_plain_date)] = None
     """The date in the names of what is written. Unset: today in UTC, kept when the run is resumed another day."""
 
@@ -215,6 +224,8 @@ class Config(BaseSettings):
     """Stop after the plan: say what would be done and write no labels."""
     abandon_run: bool = False
     """Give up the unfinished run of this output, instead of resuming it."""
+    single_writer: bool = False
+    """State that no other run ever works on this output: needed on stores that ignore If-None-Match."""
     config: Path | None = None
     """TOML file with any of these options, named with underscores: top_k = 3. Unset: no file."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
@@ -63,6 +64,7 @@ class Task:
     top_k: int
     precision: Literal["auto", "fp32", "bf16"]
     batch_size: int | None
+    image_stats: bool = False
     canaries: canary.Vectors | None = field(default=None, compare=False)
     """What the canary images must look like to every actor; None in a space's first run, until its own are known."""
 
@@ -89,6 +91,11 @@ class Resources:
         return 0.8 if self.device == "cuda" else 0.4
 
     @property
+    def max_prepares(self) -> int:
+        """Prepare tasks at once, beside the actors."""
+        return max(1, int((self.cluster_cpus - self.num_actors * self.actor_cpus) / self.prepare_cpus))
+
+    @property
     def max_commits(self) -> int:
         """Commit tasks at once. They are short and take next to no slot, so without a bound every finished unit would
         start a worker process of its own."""
@@ -105,6 +112,7 @@ class UnitSummary(NamedTuple):
     unit_id: str
     num_rows: int
     failures: dict[str, int]
+    fetched_bytes: int
     prepare_s: float
     decode_s: float
     label_s: float
@@ -217,10 +225,24 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     started_s = time.perf_counter()
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
     source = storage.connect(task.input_url)
-    table, decode_s = prepare_unit(source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s)
+    table, decode_s = prepare_unit(
+        source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s, has_stats=task.image_stats
+    )
     prepare_s = time.perf_counter() - started_s
-    facts = {"range_id": row["range_id"], "unit_id": row["unit_id"], "prepare_s": prepare_s, "decode_s": decode_s}
+    facts = {
+        "range_id": row["range_id"],
+        "unit_id": row["unit_id"],
+        "fetched_bytes": _fetched_bytes(table),
+        "prepare_s": prepare_s,
+        "decode_s": decode_s,
+    }
     return pack_unit(table, facts)
+
+
+def _fetched_bytes(table: pa.Table) -> int:
+    """Encoded bytes of the objects that arrived."""
+    has_arrived = pc.fill_null(pc.not_equal(table.column("failure_stage"), "fetch"), True)
+    return pc.sum(table.column("size_bytes").filter(has_arrived)).as_py() or 0
 
 
 class _Label:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,7 @@ import ray.exceptions
 from pipeline.errors import LabelBucketError
 from pipeline.tasks import FILE_TASK, in_order
 
+_log = logging.getLogger("label_bucket")
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """`itertools.starmap`, or something that gives the same from elsewhere."""
 
@@ -40,6 +41,8 @@ def start() -> None:
             log_to_driver=False,
             include_dashboard=False if is_own else None,
         )
+        if not is_own and (warning := _warning_of_an_open_cluster(ray.get_runtime_context().gcs_address, os.environ)):
+            _log.warning("%s", warning)
     # What the engine says stays in its log folder; on the console only this job speaks. Also where a run ends with an
     # error of ours: the engine prints 100 lines of its own stack and asks to open an issue with its project.
     for handler in logging.getLogger("ray.data").handlers:
@@ -47,6 +50,17 @@ def start() -> None:
             handler.setLevel(logging.CRITICAL)
     # After ray.init, which installs its own handler. `ray job stop` sends SIGTERM, and SIGKILL three seconds later.
     signal.signal(signal.SIGTERM, _stop)
+
+
+def _warning_of_an_open_cluster(gcs_address: str, environment: Mapping[str, str]) -> str | None:
+    """What to say of a cluster that let this process in without a token; None for one on this machine alone."""
+    host = gcs_address.rpartition(":")[0].strip("[]")
+    if environment.get("RAY_AUTH_MODE") == "token" or host in ("localhost", "127.0.0.1", "::1"):
+        return None
+    return (
+        f"the Ray cluster at {gcs_address} asks for no token: whoever reaches it runs code on it (CVE-2023-48022);"
+        " set RAY_AUTH_MODE=token on all its nodes"
+    )
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

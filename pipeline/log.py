@@ -209,7 +209,9 @@ def claim(
     held = state.open_claim
     if held is None:
         key = _claim_key(run_seq)
-        held = _parse(Claim, store.put_if_absent(key, _dump(wanted)), f"{store.root}/{key}")
+        store.put_if_absent(key, _dump(wanted))
+        # Read back before it is believed: some stores let several writers win one race, but keep only one of them.
+        held = _parse(Claim, store.get(key), f"{store.root}/{key}")
     if held.run_id != wanted.run_id and "kind" in held.identity:
         raise ConflictError(
             f"{store.root}: a {held.identity['kind']} is being committed in place {held.run_seq:08d}; run the command"

@@ -6,6 +6,7 @@ waits overlap decoding. Same rows in, same order out; a failure is marked in its
 
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +18,30 @@ from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DecodeLimits, decode
 from pipeline.errors import FailureKind, ImageError
 from pipeline.fetch import fetch
+from pipeline.image_stats import ImageStats, image_stats
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo, Store
 
 
+class _Picture(NamedTuple):
+    size_px: tuple[int, int]
+    stats: ImageStats | None
+
+
 def prepare_unit(
-    store: Store, objects: pa.Table, spec: PreprocessSpec, limits: DecodeLimits, *, deadline_s: float
+    store: Store,
+    objects: pa.Table,
+    spec: PreprocessSpec,
+    limits: DecodeLimits,
+    *,
+    deadline_s: float,
+    has_stats: bool = False,
 ) -> tuple[pa.Table, float]:
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
 
-    Pixels are uint8 (input_px, input_px, 3) in C order. Objects that storage did not answer for get a second deadline
-    after all others. Raises UnavailableError in an outage and ForbiddenError if the identity lost its permission, as
-    `fetch` does; then none of the unit is a row.
+    Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless `has_stats`. Objects
+    that storage did not answer for get a second deadline after all others. Raises UnavailableError in an outage and
+    ForbiddenError if the identity lost its permission, as `fetch` does; then none of the unit is a row.
     """
     infos = [
         ObjectInfo(
@@ -37,7 +50,7 @@ def prepare_unit(
         for row in objects.to_pylist()
     ]
     pixels = np.empty((len(infos), spec.input_px, spec.input_px, 3), np.uint8)
-    results: list[tuple[int, int] | ImageError] = [ImageError(FailureKind.UNAVAILABLE, "", stage="fetch")] * len(infos)
+    results: list[_Picture | ImageError] = [ImageError(FailureKind.UNAVAILABLE, "", stage="fetch")] * len(infos)
     busy_s = 0.0
 
     def fill(rows: Iterable[int]) -> None:
@@ -52,7 +65,7 @@ def prepare_unit(
             try:
                 image = decode(data, limits)
                 pixels[row] = _preprocess(image, spec)
-                results[row] = image.size
+                results[row] = _Picture(image.size, image_stats(data, image, pixels[row]) if has_stats else None)
             except ImageError as error:
                 results[row] = error
             busy_s += time.perf_counter() - started_s
@@ -70,19 +83,21 @@ def _preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint
         raise ImageError(FailureKind.DECODE_OOM, message, stage="decode") from error
 
 
-def _is_unavailable(result: tuple[int, int] | ImageError) -> bool:
+def _is_unavailable(result: _Picture | ImageError) -> bool:
     return isinstance(result, ImageError) and result.kind is FailureKind.UNAVAILABLE
 
 
-def _decoded(objects: pa.Table, results: list[tuple[int, int] | ImageError], pixels: np.ndarray) -> pa.Table:
-    sizes = [None if isinstance(result, ImageError) else result for result in results]
+def _decoded(objects: pa.Table, results: list[_Picture | ImageError], pixels: np.ndarray) -> pa.Table:
+    pictures = [None if isinstance(result, ImageError) else result for result in results]
     failures = [result if isinstance(result, ImageError) else None for result in results]
+    stats = [picture and picture.stats for picture in pictures]
     columns = {
-        "width_px": [size and size[0] for size in sizes],
-        "height_px": [size and size[1] for size in sizes],
+        "width_px": [picture and picture.size_px[0] for picture in pictures],
+        "height_px": [picture and picture.size_px[1] for picture in pictures],
         "failure_kind": [failure and str(failure.kind) for failure in failures],
         "failure_stage": [failure and failure.stage for failure in failures],
         "failure_message": [failure and str(failure) for failure in failures],
+        **{field.name: [each and getattr(each, field.name) for each in stats] for field in schema.STATS},
         "pixels": _pixels_array(pixels, np.array([failure is None for failure in failures], bool)),
     }
     for name, values in columns.items():

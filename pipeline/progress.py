@@ -9,10 +9,10 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from tqdm import tqdm
 
@@ -23,10 +23,70 @@ from pipeline.errors import SourceError
 from pipeline.meter import LOG_INTERVAL_S, clock_text
 from pipeline.storage import Store
 
+MODEL_WAITS_SHARE = 0.2
+"""The model's actors may wait so much of their time and still be the limit: units come in gusts."""
+PREPARE_BUSY_SHARE = 0.5
+"""With fewer of their slots taken, prepare tasks are not the limit either: workers and models are being started, or
+there is less work than machine."""
+_ADVICE = {
+    "starting": "most of the time workers and models were starting: larger runs are faster per image",
+    "model": "the model is the limit: more GPUs, or without any more CPU nodes, shorten the run",
+    "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
+    "storage": "storage is the limit: more CPU nodes read more at once; look at region, endpoint and network",
+}
 MAX_REPORTS_READ = 20
 """How many runs back a night to compare with is looked for: small nights, and those whose driver died, have none."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """Which stage the others wait for, the shares of time that show it, and what would help."""
+
+    stage: Literal["starting", "model", "decoding", "storage"]
+    model_wait_share: float
+    """Of the actors' time: waiting for input."""
+    prepare_busy_share: float
+    """Of the time of all slots for prepare tasks: one in it. Low where these wait until the model takes more."""
+    storage_wait_share: float
+    """Of the prepare tasks' time: neither decoding nor resizing, so waiting for bytes."""
+    storage_bytes_per_s: float
+    """Encoded bytes that arrived, all workers together."""
+    advice: str
+    """The knob to turn."""
+
+    @classmethod
+    def of(cls, stage_s: Mapping[str, float], fetched_bytes: int, elapsed_s: float, max_prepares: int) -> "Bottleneck":
+        """From seconds summed over workers (`Report.stage_s`) of an attempt that has taken `elapsed_s`."""
+        actors_s = stage_s.get("label_s", 0) + stage_s.get("label_wait_s", 0)
+        prepare_s = stage_s.get("prepare_s", 0)
+        model_wait = stage_s.get("label_wait_s", 0) / actors_s if actors_s else 1.0
+        busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
+        storage_wait = 1 - stage_s.get("decode_s", 0) / prepare_s if prepare_s else 0.0
+        stage: Literal["starting", "model", "decoding", "storage"]
+        if model_wait <= MODEL_WAITS_SHARE:
+            stage = "model"
+        elif busy < PREPARE_BUSY_SHARE:
+            stage = "starting"
+        else:
+            stage = "storage" if storage_wait > 0.5 else "decoding"
+        return cls(
+            stage=stage,
+            model_wait_share=round(model_wait, 3),
+            prepare_busy_share=round(busy, 3),
+            storage_wait_share=round(storage_wait, 3),
+            storage_bytes_per_s=round(fetched_bytes / elapsed_s),
+            advice=_ADVICE[stage],
+        )
+
+    def text(self) -> str:
+        """`limit: decoding (model waits 71 %, storage 12 % of prepare, 41.3 MB/s): more CPU cores …`."""
+        shares = (
+            f"model waits {self.model_wait_share:.0%}, storage {self.storage_wait_share:.0%} of preparing,"
+            f" {self.storage_bytes_per_s / 1e6:,.1f} MB/s"
+        )
+        return f"limit: {self.stage} ({shares})"
 
 
 class Progress:
@@ -35,15 +95,18 @@ class Progress:
     def __init__(
         self,
         num_images: int,
+        max_prepares: int,
         *,
         stream: TextIO = sys.stderr,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_images = num_images
         self.num_done = 0
+        self.fetched_bytes = 0
         self.failures: Counter[str] = Counter()
         self.stage_s: Counter[str] = Counter()
         self._num_skipped = 0
+        self._max_prepares = max_prepares
         self._clock_s = clock_s
         self._started_s = self._next_line_s = clock_s()
         self._bar: Any = None
@@ -61,11 +124,12 @@ class Progress:
     def add(self, unit: UnitSummary) -> None:
         """Count one committed unit, and show the state if it is time to."""
         self.num_done += unit.num_rows
+        self.fetched_bytes += unit.fetched_bytes
         self.failures.update(unit.failures)
         for name in ("prepare_s", "decode_s", "label_s", "label_wait_s"):
             self.stage_s[name] += getattr(unit, name)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._failures_text()}, {self.bottleneck()}", refresh=False)
+            self._bar.set_postfix_str(f"{self._failures_text()}, {self.bottleneck().text()}", refresh=False)
             self._bar.update(unit.num_rows)
         elif self._clock_s() >= self._next_line_s or self.num_done == self.num_images:
             self._next_line_s = self._clock_s() + LOG_INTERVAL_S
@@ -79,27 +143,23 @@ class Progress:
     @property
     def images_per_s(self) -> float:
         """Images of this attempt per second since it began to label."""
-        return (self.num_done - self._num_skipped) / max(self._clock_s() - self._started_s, 1e-9)
+        return (self.num_done - self._num_skipped) / self._elapsed_s
 
     def line(self) -> str:
         """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
         left_s = (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0
         return (
             f"{self.num_done:,}/{self.num_images:,} images, {self.images_per_s:,.0f} images/s, {self._failures_text()},"
-            f" ETA {clock_text(left_s)}, {self.bottleneck()}"
+            f" ETA {clock_text(left_s)}, {self.bottleneck().text()}"
         )
 
-    def bottleneck(self) -> str:
-        """Which stage waits for which: the share of their time that the model's actors waited for input."""
-        total_s = self.stage_s["label_s"] + self.stage_s["label_wait_s"]
-        if not total_s:
-            return "starting"
-        share = self.stage_s["label_wait_s"] / total_s
-        return (
-            f"model waits {share:.0%} of the time for images"
-            if share > 0.2
-            else f"images wait, model busy {1 - share:.0%}"
-        )
+    def bottleneck(self) -> "Bottleneck":
+        """What limits this attempt so far."""
+        return Bottleneck.of(self.stage_s, self.fetched_bytes, self._elapsed_s, self._max_prepares)
+
+    @property
+    def _elapsed_s(self) -> float:
+        return max(self._clock_s() - self._started_s, 1e-9)
 
     def _failures_text(self) -> str:
         if not self.failures:
@@ -132,12 +192,16 @@ class Report:
     """Seconds summed over workers in this attempt: prepare (of it decode), label, and label waiting for input."""
     images_per_s: float = 0.0
     """While labeling, in this attempt."""
+    bottleneck: dict[str, Any] | None = None
+    """What limited it, see `Bottleneck`; None where nothing was labeled."""
     published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
     """What tonight's labeled images look like, see `drift.Profile`; None until they are published."""
     drift: dict[str, Any] | None = None
     """Tonight against the last run of this space that is large enough, see `drift.Drift`; None if there is none."""
     versions: dict[str, str] = field(default_factory=dict)
+    store: dict[str, bool] = field(default_factory=dict)
+    """What the output's store does and does not, see `capability.Capabilities`."""
     started_at: str = ""
     ended_at: str = ""
 

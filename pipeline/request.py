@@ -27,6 +27,7 @@ OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "snapshots", "_ca
 MAX_PAGES_LOOKED_AT = 100
 """Of the listing, before anything is written: 15 s on S3."""
 PRECISION = "label_bucket.compute_dtype"
+IMAGE_STATS = "label_bucket.image_stats"
 """The footer key, also in a claim, that says what the model computes in."""
 
 
@@ -189,6 +190,7 @@ def footer_metadata(config: Config, request: Request, precision: str) -> dict[st
         "decode_rules_version": decode.DECODE_RULES_VERSION,
         "space_id": request.space_id,
         "compute_dtype": precision,
+        "image_stats": config.image_stats,
         "versions": json.dumps(versions(), sort_keys=True),
     }
     if dim is not None:
@@ -225,6 +227,7 @@ def worker_task(config: Config, request: Request, run_id: str, precision: str) -
         top_k=config.top_k,
         precision="bf16" if precision == "bf16" else "fp32",
         batch_size=config.batch_size,
+        image_stats=config.image_stats,
     )
 
 

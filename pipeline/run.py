@@ -14,7 +14,21 @@ from datetime import UTC, datetime, timedelta
 
 import ray
 
-from pipeline import canary, dataset, drift, engine, heartbeat, log, outcomes, parts, plan, publish, snapshot, storage
+from pipeline import (
+    canary,
+    capability,
+    dataset,
+    drift,
+    engine,
+    heartbeat,
+    log,
+    outcomes,
+    parts,
+    plan,
+    publish,
+    snapshot,
+    storage,
+)
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
@@ -26,7 +40,16 @@ from pipeline.meter import metered
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Report
 from pipeline.publish import Published
-from pipeline.request import PRECISION, Request, footer_metadata, nothing_to_label, resolve, versions, worker_task
+from pipeline.request import (
+    IMAGE_STATS,
+    PRECISION,
+    Request,
+    footer_metadata,
+    nothing_to_label,
+    resolve,
+    versions,
+    worker_task,
+)
 from pipeline.storage import Store
 from pipeline.tasks import in_order
 
@@ -69,6 +92,7 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
     if config.dry_run:
         return _dry_run(config, request, resources), None
+    store_does = capability.check(output, is_single_writer=config.single_writer)
     if config.abandon_run and state.open_claim is not None:
         publish.abandon(output, state.open_claim, _now())
         _log.warning("abandoned run %s; nothing of it was published", state.open_claim.run_id)
@@ -100,6 +124,7 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
         precision=claim.metadata[PRECISION],
         num_actors=resources.num_actors,
         versions=versions(),
+        store=asdict(store_does),
         started_at=_now(),
     )
     with _reporting(report, output):
@@ -226,15 +251,19 @@ def _label(
     reference: canary.Vectors,
 ) -> None:
     """Give every unit that has none its part."""
-    progress = Progress(sealed.counts["planned"])
+    progress = Progress(sealed.counts["planned"], resources.max_prepares)
     work = _unfinished(request.output, sealed, progress)
     first = next(work, None)
     if progress.num_done:
         _log.info("resuming: %s of %s images have their part", f"{progress.num_done:,}", f"{progress.num_images:,}")
     if first is None:
         return
-    # A run that is resumed on another device keeps the precision it began with: its files name one.
-    task = replace(worker_task(config, request, claim.run_id, claim.metadata[PRECISION]), canaries=reference)
+    # A run that is resumed keeps the precision and the columns it began with, on whatever device: its files name one.
+    task = replace(
+        worker_task(config, request, claim.run_id, claim.metadata[PRECISION]),
+        image_stats=claim.metadata[IMAGE_STATS] == str(True),
+        canaries=reference,
+    )
     if request.base is not None:  # otherwise it was checked before the claim
         dataset.check_model(task, resources.device)
     try:
@@ -245,6 +274,8 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
+        report.bottleneck = asdict(progress.bottleneck())
+        _log.info("%s", progress.bottleneck().advice)
 
 
 def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of everything below and of the log. A reader refuses another one. Version 1 had its state per run, not per
-key range."""
+key range; version 2 no statistics of images."""
 
 _VERSION = b"label_bucket.schema_version"
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -57,8 +57,16 @@ _OUTCOME = [
     pa.field("failure_message", pa.string()),
 ]
 
+STATS = [
+    # Null without --image-stats. Always there, so that a night with it and one without are one table.
+    pa.field("sha256", pa.string()),
+    pa.field("phash", pa.int64()),
+    pa.field("sharpness", pa.float32()),
+    pa.field("luminance", pa.float32()),
+]
+
 # Pixels are large_binary, not a tensor column: zero-copy both ways, nulls cost nothing, no Ray extension type.
-DECODED = pa.schema([*OBJECTS, *_OUTCOME, pa.field("pixels", pa.large_binary())])
+DECODED = pa.schema([*OBJECTS, *_OUTCOME, *STATS, pa.field("pixels", pa.large_binary())])
 
 
 def embedding_type(dim: int) -> pa.DataType:
@@ -78,6 +86,7 @@ def labeled(embedding_dim: int | None) -> pa.Schema:
     fields = [
         *OBJECTS,
         *_OUTCOME,
+        *STATS,
         pa.field("label_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("label_names", pa.list_(pa.string()), nullable=False),
         pa.field("label_scores", pa.list_(pa.float32()), nullable=False),
@@ -98,6 +107,7 @@ def labels(embedding_dim: int | None) -> pa.Schema:
         pa.field("last_modified", _TIMESTAMP),
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
+        *STATS,
         pa.field("label_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("label_names", pa.list_(pa.string()), nullable=False),
         pa.field("label_scores", pa.list_(pa.float32()), nullable=False),

@@ -6,6 +6,8 @@ among them.
 Keys are relative to the store's root and opaque: never decoded, normalized or split. Listings come in UTF-8 byte order.
 """
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
@@ -16,11 +18,14 @@ from pipeline.errors import UnavailableError, UnstableError
 
 DEADLINE_S = 30.0
 """Time one logical request may take, its retries included, before it is UnavailableError."""
+NUM_READS = 3
+"""Reads of an object whose content does not match its listing, before it is UnstableError."""
 MAX_PUT_BYTES = 96 * 2**20
 """A conditional PUT must be a single request; s3fs and S3 both take that up to this size and beyond."""
 PAGE_OBJECTS = 1000
 """Keys in a page; what one S3 LIST request returns."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+_MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 _T = TypeVar("_T")
 
 
@@ -78,6 +83,22 @@ def may_hold_keys_after(folder: str, start_after: str) -> bool:
     return folder > start_after or start_after.startswith(folder)
 
 
+def check_size(data: bytes, listed: ObjectInfo, what: str) -> None:
+    """UnstableError unless as many bytes arrived as are listed. No client notices by itself."""
+    if len(data) != listed.size_bytes:
+        raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+
+
+def check_md5(data: bytes, etag: str, what: str) -> None:
+    """UnstableError if the etag can be an MD5 and is another one. No client notices a flipped bit or a swapped body
+    unless the server stored a checksum.
+    """
+    if _MD5_ETAG.fullmatch(etag):
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if md5 != etag:
+            raise UnstableError(f"{what}: the bytes have MD5 {md5}, the etag is {etag}")
+
+
 class AgainError(Exception):
     """This attempt failed in a way that the next one may not."""
 
@@ -93,12 +114,12 @@ def until_deadline(attempt: Callable[[], _T], what: str, deadline_s: float) -> _
         return retrying(attempt)
     except tenacity.RetryError as error:
         cause = error.last_attempt.exception()
-        raise UnavailableError(f"{what}: no usable answer within {deadline_s:g} s; last: {cause}") from cause
+        raise UnavailableError(f"{what}: no usable answer within {deadline_s:.3g} s; last: {cause}") from cause
 
 
-def reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float) -> bytes:
-    """`attempt` until the deadline; content that does not match its listing is read at most three times."""
-    for reads_left in (2, 1, 0):
+def reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float, num_reads: int = NUM_READS) -> bytes:
+    """`attempt` until the deadline; content that does not match its listing is read at most `num_reads` times."""
+    for reads_left in reversed(range(num_reads)):
         try:
             return until_deadline(attempt, what, deadline_s)
         except UnstableError:

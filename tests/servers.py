@@ -42,9 +42,10 @@ class Fault:
     A number is answered instead of forwarding. `slow` forwards after 50 ms, `stall` after 3 s. `reset` closes the
     connection before forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it
     with a matching length, `flip` all of it with one bit changed, `swapped` as many other bytes.
+    `unconditional` forwards without conditions, as a store that ignores them.
     """
 
-    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped"]
+    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped", "unconditional"]
     method: str
     key: str
     times: float = 1
@@ -68,6 +69,8 @@ class S3Server:
     """A boto3 client of moto itself."""
     faults: list[Fault]
     requests: list[tuple[str, str]]
+    agents: list[tuple[str, str]]
+    """Of each request: its unquoted path with its query, and what the client calls itself."""
     max_in_flight: int = 0
     """The most requests that were in the proxy at once; a test may set it back."""
 
@@ -109,7 +112,7 @@ def serve_s3() -> Iterator[S3Server]:
             aws_access_key_id="test",
             aws_secret_access_key="test",
         )
-        with _proxy(S3Server("", direct_url, client, [], [])) as server:
+        with _proxy(S3Server("", direct_url, client, [], [], [])) as server:
             yield server
         client.close()
 
@@ -168,20 +171,22 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             """Quiet."""
 
         def handle_any(self) -> None:
-            with in_flight:
-                self._answer()
+            self._answer()
 
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             kind = self._fault()
             if kind in ("slow", "stall"):
-                time.sleep(0.05 if kind == "slow" else 3)
+                with in_flight:  # until the answer begins: a quick client asks again before this thread has ended
+                    time.sleep(0.05 if kind == "slow" else 3)
             if isinstance(kind, int):
                 self._send(kind, {}, f"<Error><Code>{_CODES[kind]}</Code><Message>as asked</Message></Error>".encode())
                 return
             if kind == "reset":
                 self._reset()
                 return
+            if kind == "unconditional":
+                del self.headers["If-None-Match"], self.headers["If-Match"]
             status, headers, data = self._forward(body)
             if kind == "answer_lost":
                 self._reset()
@@ -203,6 +208,7 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             path = unquote(self.path)
             with lock:
                 s3.requests.append((self.command, path))
+                s3.agents.append((path, self.headers.get("User-Agent", "")))
                 for fault in s3.faults:
                     is_meant = fault.method == self.command and path.partition("?")[0].endswith(fault.key)
                     if is_meant and fault.num_hits < fault.times:

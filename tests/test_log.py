@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import Fault, S3Server
 
 from pipeline import log, schema, storage
 from pipeline.errors import ConflictError
@@ -147,6 +149,23 @@ def test_of_two_racing_commands_one_claims_and_the_other_hears_of_it(output: Sto
     assert len(won) == 2  # the twin of the winner resumes the same run
     assert all(won[0].run_id in each for each in outcomes if isinstance(each, str))
     assert log.read(output).open_claim == won[0]
+
+
+def test_a_claim_that_another_winner_of_the_race_replaced_is_not_believed(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    output = storage.connect(bucket)
+    theirs = log._dump(claim(storage.connect(f"{bucket}/elsewhere"), top_k=3))
+    key = "_log/00000001.claim.json"
+    faults.append(Fault("stall", "GET", f"{bucket[5:]}/{key}"))  # between our write and our look at it
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(claim, output)
+        while not s3.num_requests("GET", f"{bucket[5:]}/{key}"):
+            time.sleep(0.01)
+        s3.client.put_object(Bucket=bucket[5:], Key=key, Body=theirs)
+        with pytest.raises(ConflictError, match="has an open run"):
+            ours.result()
+    assert output.get(key) == theirs
 
 
 def test_the_newest_run_of_each_space_is_found_by_its_place_and_not_its_date(folder: Store) -> None:

@@ -42,6 +42,7 @@ ORDER = (
         "tasks",
         "schema",
         "store",
+        "store_s3_get",
         "store_s3",
         "store_local",
         "store_fsspec",
@@ -50,9 +51,23 @@ ORDER = (
         "config",
         "log",
     ),
-    *("catalog", "listing", "diff", "plan", "fetch", "decode", "preprocess", "prepare", "canary", "model", "label"),
+    *(
+        "catalog",
+        "listing",
+        "diff",
+        "plan",
+        "fetch",
+        "decode",
+        "preprocess",
+        "image_stats",
+        "prepare",
+        "canary",
+        "model",
+        "label",
+    ),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("view", "snapshot", "sheet", "engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("view", "snapshot", "sheet", "capability"),
+    *("engine", "dataset", "progress", "request", "heartbeat", "run"),
     *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("shapes", "draw"),
 )
@@ -185,7 +200,7 @@ def test_module_imports_only_from_modules_before_it(name: str) -> None:
 
 
 def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
-    stores = {f"pipeline/{name}.py" for name in ("storage", "store_s3", "store_local", "store_fsspec")}
+    stores = {f"pipeline/{name}.py" for name in ("storage", "store_s3", "store_s3_get", "store_local", "store_fsspec")}
     allowed = {*stores, "pipeline/config.py", "pipeline/listing.py", "jobs/draw_images.py"}
     assert importers("fsspec", "s3fs", "botocore") <= allowed
 

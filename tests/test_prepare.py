@@ -21,6 +21,7 @@ from pipeline import plan, prepare, schema, storage, store
 from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from pipeline.errors import UnavailableError
+from pipeline.image_stats import image_stats
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo
 
@@ -70,6 +71,27 @@ def test_every_format_and_mode_gives_its_own_pixels(place: str, request: pytest.
     else:
         url = request.getfixturevalue("bucket")
         check_rows(prepared(url, put(request.getfixturevalue("s3"), url, files)), files)
+
+
+def test_statistics_are_those_of_the_row_and_null_unless_asked_for(tmp_path: Path) -> None:
+    files = {**images.samples(), "broken.jpg": b"\xff\xd8\xff"}
+    infos = write(tmp_path, files)
+    without = prepared(str(tmp_path), infos)
+    objects = plan.objects_table(storage.normalize(str(tmp_path)), infos)
+    source = storage.connect(str(tmp_path))
+    table, _ = prepare.prepare_unit(source, objects, SPEC, DEFAULT_LIMITS, deadline_s=5, has_stats=True)
+    assert table.schema.equals(schema.DECODED)
+    names = [field.name for field in schema.STATS]
+    assert table.drop_columns(names).equals(without.drop_columns(names))
+    assert all(column.null_count == len(without) for column in without.select(names).columns)
+    for row in table.drop_columns(["pixels"]).to_pylist():
+        data = files[row["key"]]
+        if row["failure_kind"]:
+            assert [row[name] for name in names] == [None] * 4
+        else:
+            image = decode(data)
+            expected = image_stats(data, image, preprocess(image, SPEC))
+            assert [row[name] for name in names] == [expected.sha256, expected.phash, *map(np.float32, expected[2:])]
 
 
 def test_photographs_give_their_own_pixels(tmp_path: Path) -> None:
@@ -205,7 +227,7 @@ def test_an_object_that_storage_never_answers_for_is_a_row_and_not_an_outage(
     assert "no usable answer" in table.column("failure_message")[1].as_py()
     for row in (0, 2):
         np.testing.assert_array_equal(pixels_of(table, row), preprocess(decode(files[infos[row].key]), SPEC))
-    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 2
+    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 4  # by each of both clients, twice
 
 
 def test_an_outage_that_begins_near_the_end_of_a_unit_raises(

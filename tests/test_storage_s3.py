@@ -17,7 +17,7 @@ import pytest
 from servers import Fault, S3Server
 from test_storage import keys, listed
 
-from pipeline import storage, store, store_s3
+from pipeline import storage, store, store_s3, store_s3_get
 from pipeline.errors import AbsentError, ForbiddenError, SourceError, UnavailableError, UnstableError
 
 
@@ -344,3 +344,114 @@ def test_a_listing_has_the_times_that_the_server_names(s3: S3Server, bucket: str
     expected = s3.client.head_object(Bucket=bucket[5:], Key="a")["LastModified"]
     ((info,),) = storage.connect(bucket).list_pages()
     assert info.last_modified == expected
+
+
+# --- the cheaper client -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cheap(s3: S3Server) -> Iterator[None]:
+    """No bucket was given up before."""
+    store_s3_get._num_lost.clear()
+    yield
+    store_s3_get._num_lost.clear()
+
+
+def _user_agents(s3: S3Server, key: str) -> list[str]:
+    return [agent.partition("/")[0] for path, agent in s3.agents if path.endswith(key)]
+
+
+def test_a_listed_object_is_read_by_the_cheap_client_in_one_request(s3: S3Server, bucket: str, cheap: None) -> None:
+    _put(s3, bucket, "root/ü b%20+'~#?.jpg", b"bytes")
+    (info,) = listed(storage.connect(f"{bucket}/root"))
+    assert storage.connect(f"{bucket}/root").get(info.key, listed=info) == b"bytes"
+    assert _user_agents(s3, info.key) == ["object_store"]
+
+
+@pytest.mark.parametrize("kind", [503, 403, "reset", "cut", "short", "flip", "swapped"])
+def test_what_the_cheap_client_does_not_bring_whole_is_read_by_the_other(
+    s3: S3Server, bucket: str, faults: list[Fault], kind: Any, cheap: None
+) -> None:
+    _put(s3, bucket, "key", b"the right bytes")
+    (info,) = listed(storage.connect(bucket))
+    faults.append(Fault(kind, "GET", "/key"))
+    assert storage.connect(bucket).get("key", listed=info) == b"the right bytes"
+    first, second = _user_agents(s3, f"{bucket[5:]}/key")
+    assert first == "object_store" != second
+
+
+@pytest.mark.parametrize("key", ["/lead", "a//b", "a/../b", "tail/", "bell\x07", "\u202ertl"])
+def test_keys_that_the_cheap_client_would_change_are_read_by_the_other(
+    s3: S3Server, bucket: str, key: str, cheap: None
+) -> None:
+    _put(s3, bucket, key, b"x")
+    (info,) = listed(storage.connect(bucket))
+    assert storage.connect(bucket).get(info.key, listed=info) == b"x"
+    assert "object_store" not in _user_agents(s3, key)
+
+
+def test_a_bucket_that_only_the_other_client_can_serve_is_given_up(
+    s3: S3Server, bucket: str, faults: list[Fault], cheap: None
+) -> None:
+    num_objects = store_s3_get._MAX_LOST + 3
+    for number in range(num_objects):
+        _put(s3, bucket, f"{number:02d}.key", b"bytes", ServerSideEncryption="aws:kms")
+    # A real KMS etag looks like an MD5 and is none; moto's is one, so other bytes stand for the difference.
+    faults.append(Fault.always("flip", "GET", ".key"))
+    store = storage.connect(bucket)
+    assert [store.get(info.key, listed=info) for info in listed(store)] == [b"cytes"] * num_objects
+    agents = _user_agents(s3, ".key")
+    assert len([agent for agent in agents if agent == "object_store"]) == store_s3_get._MAX_LOST
+    assert len([agent for agent in agents if agent != "object_store"]) == num_objects
+
+
+def test_a_read_that_succeeds_forgives_those_that_did_not(s3: S3Server, bucket: str, cheap: None) -> None:
+    _put(s3, bucket, "key", b"bytes")
+    (info,) = listed(storage.connect(bucket))
+    for _ in range(2):
+        for _ in range(store_s3_get._MAX_LOST - 1):
+            store_s3_get.lost(bucket[5:])
+        assert storage.connect(bucket).get("key", listed=info) == b"bytes"
+    assert _user_agents(s3, f"{bucket[5:]}/key") == ["object_store"] * 2
+
+
+def test_the_cheap_client_reads_a_public_bucket_without_credentials(s3: S3Server, bucket: str, cheap: None) -> None:
+    _put(s3, bucket, "key", b"bytes", ACL="public-read")
+    (info,) = listed(storage.connect(bucket))
+    code = (
+        "import sys; from pipeline import storage; from pipeline.storage import ObjectInfo;"
+        "print(storage.connect(sys.argv[1]).get('key', listed=ObjectInfo('key', 5, sys.argv[2], None)).decode())"
+    )
+    hidden = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment = hidden | {"AWS_NO_SIGN_REQUEST": "true", "AWS_ENDPOINT_URL_S3": s3.url, "HOME": "/nonexistent"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, bucket, str(info.etag)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.stdout, ended.stderr[-500:]) == ("bytes\n", "")
+    assert _user_agents(s3, f"{bucket[5:]}/key") == ["object_store"]
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]", "[fd00:ec2::254]", "[::ffff:169.254.169.254]"])
+def test_an_endpoint_at_a_link_local_address_is_refused_before_any_request(host: str) -> None:
+    code = (
+        "from pipeline import storage; from pipeline.errors import SourceError\n"
+        "from pipeline.storage import ObjectInfo\n"
+        "store, info = storage.connect('s3://bucket'), ObjectInfo('key', 5, 'a' * 32, None)\n"
+        "for ask in (lambda: store.get('key', listed=info), lambda: next(store.list_pages())):\n"
+        "    try: ask()\n"
+        "    except SourceError as error: print(error)"
+    )
+    environment = {**os.environ, "AWS_ENDPOINT_URL": f"http://{host}/latest"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2
+    assert all("found the link-local address" in line for line in lines)
+
+
+def test_an_endpoint_that_does_not_resolve_or_is_private_is_no_link_local_one() -> None:
+    for url in ("http://no.such.host.invalid:9000", "http://10.0.0.1", "http://127.0.0.1:9", "http://[fd12::1]"):
+        store_s3_get.check_endpoint(url)

@@ -1,0 +1,77 @@
+"""What an output's store keeps: honest stores, and one that ignores conditions."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from servers import Fault, S3Server
+
+from pipeline import capability, storage
+from pipeline.errors import ConfigError
+
+
+def recorded(url: str) -> dict[str, bool]:
+    found: dict[str, bool] = json.loads(storage.connect(url).get(capability.KEY))
+    return found
+
+
+def test_an_s3_store_keeps_everything_and_so_it_stands_in_the_output(bucket: str) -> None:
+    found = capability.check(storage.connect(f"{bucket}/out"), is_single_writer=False)
+    expected = ("creates_once", "notices_changes", "lists_what_it_wrote", "etag_is_md5")
+    assert recorded(f"{bucket}/out") == dict.fromkeys(expected, True)
+    assert all(getattr(found, name) for name in expected)
+
+
+def test_a_folder_keeps_everything_but_has_no_md5(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    capability.check(storage.connect(str(tmp_path)), is_single_writer=False)
+    assert recorded(str(tmp_path)) == {
+        "creates_once": True,
+        "notices_changes": True,
+        "lists_what_it_wrote": True,
+        "etag_is_md5": False,
+    }
+    assert not caplog.records
+
+
+def test_a_store_is_tried_out_once_per_output_below_runs_alone(s3: S3Server, bucket: str) -> None:
+    output = storage.connect(bucket)
+    capability.check(output, is_single_writer=False)
+    keys = sorted(storage.list_keys(output, ""))
+    assert all(key.startswith("_runs/store") for key in keys)
+    num_requests = len(s3.requests)
+    capability.check(output, is_single_writer=False)
+    assert len(s3.requests) - num_requests == 1
+    assert sorted(storage.list_keys(output, "")) == keys
+
+
+def test_a_store_that_ignores_conditional_creation_is_refused(bucket: str, faults: list[Fault]) -> None:
+    faults.append(Fault.always("unconditional", "PUT", ""))
+    output = storage.connect(bucket)
+    for _ in range(2):  # the refusal is not remembered as an agreement
+        with pytest.raises(
+            ConfigError, match=r"expected a store that creates .* found one that overwrites.*--single-w"
+        ):
+            capability.check(output, is_single_writer=False)
+
+
+def test_with_a_single_writer_it_is_used_and_warned_of_every_time(
+    bucket: str, faults: list[Fault], caplog: pytest.LogCaptureFixture
+) -> None:
+    faults.append(Fault.always("unconditional", "PUT", ""))
+    output = storage.connect(bucket)
+    for _ in range(2):
+        assert not capability.check(output, is_single_writer=True).creates_once
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    assert "two runs at once would spoil this output" in caplog.records[0].message
+    with pytest.raises(ConfigError, match="--single-writer"):
+        capability.check(output, is_single_writer=False)
+
+
+def test_a_store_that_ignores_the_version_asked_for_is_known(
+    bucket: str, faults: list[Fault], caplog: pytest.LogCaptureFixture
+) -> None:
+    faults.append(Fault.always("unconditional", "GET", ".txt"))
+    found = capability.check(storage.connect(bucket), is_single_writer=False)
+    assert (found.creates_once, found.notices_changes, found.etag_is_md5) == (True, False, True)
+    assert not caplog.records  # MD5s tell it as well

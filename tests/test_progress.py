@@ -1,0 +1,87 @@
+"""What the operator sees while images are labeled."""
+
+import io
+import logging
+from typing import Any
+
+import pytest
+
+from pipeline.dataset import Resources, UnitSummary
+from pipeline.meter import LOG_INTERVAL_S
+from pipeline.progress import Bottleneck, Progress
+
+
+def unit(**changes: Any) -> UnitSummary:
+    values: dict[str, Any] = {
+        "range_id": "00000",
+        "unit_id": "u",
+        "num_rows": 100,
+        "failures": {"truncated": 2},
+        "fetched_bytes": 10_000_000,
+        "prepare_s": 1.0,
+        "decode_s": 0.8,
+        "label_s": 0.5,
+        "label_wait_s": 0.5,
+    }
+    return UnitSummary(**{**values, **changes})
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def bottleneck(**changes: float) -> Bottleneck:
+    seconds = {"prepare_s": 20.0, "decode_s": 18.0, "label_s": 1.0, "label_wait_s": 9.0, **changes}
+    return Bottleneck.of(seconds, 50_000_000, elapsed_s=10, max_prepares=2)
+
+
+def test_a_model_that_waits_for_busy_decoders_is_limited_by_decoding() -> None:
+    found = bottleneck()
+    assert (found.stage, found.model_wait_share, found.prepare_busy_share) == ("decoding", 0.9, 1.0)
+    assert found.storage_wait_share == pytest.approx(0.1)
+    assert found.storage_bytes_per_s == 5_000_000
+    assert "CPU cores" in found.advice
+
+
+def test_prepare_tasks_that_wait_for_bytes_are_limited_by_storage() -> None:
+    assert bottleneck(decode_s=4.0).stage == "storage"
+
+
+def test_a_model_that_hardly_waits_is_the_limit_itself() -> None:
+    found = bottleneck(label_s=9.0, label_wait_s=1.0, prepare_s=5.0, decode_s=1.0)
+    assert found.stage == "model"
+    assert "more GPUs" in found.advice
+
+
+def test_where_neither_is_busy_workers_are_still_starting() -> None:
+    assert bottleneck(prepare_s=1.0, decode_s=1.0).stage == "starting"
+    assert Bottleneck.of({}, 0, elapsed_s=1e-9, max_prepares=1).stage == "starting"
+
+
+def test_a_log_gets_a_line_per_interval_and_one_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock = Clock()
+    progress = Progress(1000, 2, stream=io.StringIO(), clock_s=clock)
+    progress.skip(600)
+    for seconds in (1.0, LOG_INTERVAL_S + 1, LOG_INTERVAL_S + 2, LOG_INTERVAL_S + 3):
+        clock.now_s = seconds
+        progress.add(unit())
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    rate = 400 / clock.now_s
+    assert lines[-1] == (
+        f"1,000/1,000 images, {rate:.0f} images/s, 8 failed (8 truncated), ETA 0:00:00, limit: starting (model waits"
+        f" 50%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s)"
+    )
+
+
+def test_slots_for_preparing_are_those_that_the_actors_leave() -> None:
+    on_cpus = Resources(device="cpu", num_actors=2, cluster_cpus=2, cluster_gpus=0)
+    assert on_cpus.max_prepares == 2
+    on_gpus = Resources(device="cuda", num_actors=4, cluster_cpus=64, cluster_gpus=4)
+    assert on_gpus.max_prepares == 79
