@@ -109,14 +109,17 @@ def batches(output: Store, space_id: str | None = None, columns: Sequence[str] |
             yield table
 
 
-def rows(output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
+def rows(
+    output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None, *, after_seq: int = 0
+) -> pa.Table:
     """The rows of the view whose keys are in one file of its catalog, in key order.
 
-    Raises ConflictError for a label file that is gone or another one, and for a key that the catalog calls labeled
-    while no file has its row, or two have it.
+    With `after_seq` only those of runs after that place in the log. Raises ConflictError for a label file that is gone
+    or another one, and for a key that the catalog calls labeled while no file has its row, or two have it.
     """
     names = list(columns) if columns is not None else current.columns.names
     wanted = wanted_rows(output, ref)
+    wanted = wanted.filter(pc.greater(wanted.column("run_seq"), after_seq))
     found = pa.schema([current.columns.field(name) for name in names]).empty_table()
     if not len(wanted):
         return found

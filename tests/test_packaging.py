@@ -66,9 +66,11 @@ ORDER = (
         "label",
     ),
     *("parts", "outcomes", "files", "drift", "publish"),
-    *("view", "snapshot", "capability", "engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("view", "changes", "snapshot", "sheet", "capability"),
+    *("engine", "dataset", "progress", "request", "heartbeat", "run"),
     *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
+    *("export_lance", "export"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
