@@ -60,6 +60,8 @@ ORDER = (
         "decode",
         "preprocess",
         "image_stats",
+        "picture",
+        "contain",
         "prepare",
         "canary",
         "model",
