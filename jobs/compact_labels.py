@@ -18,6 +18,7 @@ from typing import get_args
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import engine
+from pipeline.arguments import add_log_level, positive
 from pipeline.compact import Options, PartitionBy, compact_labels
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceError
 
@@ -81,7 +82,7 @@ examples:
     )
     parser.add_argument(
         "--keep-runs",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="remove what a snapshot replaced, except the N newest runs; default: remove nothing",
     )
@@ -93,19 +94,8 @@ examples:
         help="time that readers of replaced files have left after a snapshot; default 24",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, write and remove nothing")
-    parser.add_argument(
-        "--log-level",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
-        default="INFO",
-        help="least severe messages shown; default INFO",
-    )
+    add_log_level(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
-    return int(text)
 
 
 def _hours(text: str) -> float:

@@ -17,6 +17,7 @@ import fsspec
 from botocore.exceptions import BotoCoreError
 from tqdm import tqdm
 
+from pipeline.arguments import count
 from pipeline.draw import CLASSES, DAMAGES, EXTENSIONS, DrawnFile, draw_file
 from pipeline.errors import LabelBucketError, SourceError
 from pipeline.storage import describe, normalize
@@ -78,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", required=True, metavar="URL", help="local folder, s3:// or other fsspec URL")
-    parser.add_argument("--num-images", required=True, type=_count, metavar="N", help="files in all, broken included")
-    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="names the data set; default 0")
+    parser.add_argument("--num-images", required=True, type=count, metavar="N", help="files in all, broken included")
+    parser.add_argument("--seed", type=count, default=0, metavar="S", help="names the data set; default 0")
     parser.add_argument(
         "--broken-fraction",
         type=_fraction,
@@ -88,12 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         help="expected share of broken files, 0..1; default 0",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
-    return int(text)
 
 
 def _fraction(text: str) -> float:

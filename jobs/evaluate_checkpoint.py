@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import engine, tables
+from pipeline.arguments import add_log_level, positive
 from pipeline.compare import compare
 from pipeline.errors import STOPPED, ConfigError, ConflictError, LabelBucketError, SourceError
 from pipeline.evaluate import MODES, PRECISIONS, Options, evaluate
@@ -140,21 +141,15 @@ examples:
     add("--preprocess", choices=("all", *MODES), default="all", help="default all")
     add("--precision", choices=("all", *PRECISIONS), default="all", help="default all; bf16 is slow on most CPUs")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: GPUs if the cluster has any")
-    add("--gpu-actors", type=_positive, metavar="ACTORS", help="copies of the model; default one per GPU or CPU")
-    add("--limit", type=_positive, metavar="N", help="the first N pictures; a folder's are of its first classes")
+    add("--gpu-actors", type=positive, metavar="ACTORS", help="copies of the model; default one per GPU or CPU")
+    add("--limit", type=positive, metavar="N", help="the first N pictures; a folder's are of its first classes")
     add("--fraction", type=_fraction, default=1.0, metavar="F", help="a random share of the pictures, 0..1; default 1")
     add("--seed", type=int, default=0, metavar="S", help="chooses that share; default 0")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--predictions", type=Path, metavar="FILE", help="write Parquet: a row per picture, mode and precision")
     add("--compare", nargs=2, metavar=("A", "B"), help="two runs; no model is needed")
-    add("--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO", help="default INFO")
+    add_log_level(parser)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
-    return int(text)
 
 
 def _fraction(text: str) -> float:

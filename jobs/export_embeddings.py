@@ -19,6 +19,7 @@ from typing import get_args
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.arguments import add_log_level
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceError
 from pipeline.export import Options, Target, export_embeddings
 
@@ -73,12 +74,7 @@ examples:
         metavar="RUN_SEQ",
         help="only what changed after this run; default: everything. Not for lance, which knows",
     )
-    parser.add_argument(
-        "--log-level",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
-        default="INFO",
-        help="least severe messages shown; default INFO",
-    )
+    add_log_level(parser)
     return parser
 
 

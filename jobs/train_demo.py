@@ -33,6 +33,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
+from pipeline.arguments import positive
 from pipeline.checkpoint import DEMO, resolve
 from pipeline.decode import decode
 from pipeline.draw import CLASSES, draw, draw_file
@@ -348,24 +349,18 @@ def evaluate(model: str, num_images: int, seed: int = HELD_OUT_SEED) -> Accuracy
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, found {text!r}")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and measure, or with --evaluate only measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--evaluate", action="store_true", help="only measure the checkpoint in --folder, on held-out pictures")
     add("--folder", type=Path, default=DEMO_FOLDER, help="of the checkpoint; default: where --model demo finds it")
-    add("--num-images", type=_count, default=32_000, help="drawn for training; default 32000")
-    add("--teacher-epochs", type=_count, default=1, help="default 1")
-    add("--epochs", type=_count, default=5, help="of the student; default 5")
-    add("--batch-size", type=_count, default=64, help="default 64")
-    add("--threads", type=_count, default=1, help="of torch; default 1")
-    add("--num-held-out", type=_count, default=4000, help="pictures to measure on; default 4000")
+    add("--num-images", type=positive, default=32_000, help="drawn for training; default 32000")
+    add("--teacher-epochs", type=positive, default=1, help="default 1")
+    add("--epochs", type=positive, default=5, help="of the student; default 5")
+    add("--batch-size", type=positive, default=64, help="default 64")
+    add("--threads", type=positive, default=1, help="of torch; default 1")
+    add("--num-held-out", type=positive, default=4000, help="pictures to measure on; default 4000")
     options = parser.parse_args(arguments)
     if options.num_images < options.batch_size:
         parser.error(f"expected --num-images of at least one batch ({options.batch_size}), found {options.num_images}")

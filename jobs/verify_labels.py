@@ -23,6 +23,7 @@ from pathlib import Path
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.arguments import add_log_level, count
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError
 
 _DEFAULT_SAMPLE_ROWS = 20
@@ -74,28 +75,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--space", metavar="ID", help="only this embedding space; default: all of the output")
     parser.add_argument(
         "--sample",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"rows to label again, per space, 0 for none; default {_DEFAULT_SAMPLE_ROWS}, and skipped where the model"
         " is not to be had. If given, that is a failure",
     )
-    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="chooses the sample; default 0")
+    parser.add_argument("--seed", type=count, default=0, metavar="S", help="chooses the sample; default 0")
     parser.add_argument("--no-listing", action="store_true", help="do not list the source")
     parser.add_argument(
         "--no-checksums",
         action="store_true",
         help="believe the sizes of the listing: files are read only for the catalog's sake, rows are not checked",
     )
-    parser.add_argument(
-        "--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR"), default="INFO", help="default INFO"
-    )
+    add_log_level(parser)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

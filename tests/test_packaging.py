@@ -40,6 +40,7 @@ ORDER = (
         "faults",
         "meter",
         "tasks",
+        "arguments",
         "schema",
         "store",
         "store_s3_get",
