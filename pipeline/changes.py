@@ -40,21 +40,21 @@ def since(
 ) -> Iterator[Change]:
     """What changed in `current` after the run at this place in the log; 0: the whole view, and nothing is gone.
 
-    In memory are one change (up to 200,000 rows), what `view.rows` needs, and the uris of all objects deleted since.
-    Errors as `view.rows`.
+    In memory are one change (up to 200,000 rows), what `view.rows_of` needs, and the uris of all objects deleted since.
+    Errors as `view.rows_of`.
     """
     deleted = _deleted(output, state, current, run_seq)
     num_done = 0
     for ref in metered(current.catalog, "reading files of the catalog", len(current.catalog)):
         table = catalog.read_table(output, ref)
         uris = view.uris_of(current, table.column("key"))
-        is_labeled = pc.is_null(table.column("failure_kind")).combine_chunks()
-        is_failed = pc.and_not(pc.greater(table.column("run_seq"), run_seq).combine_chunks(), is_labeled)
+        labeled = view.wanted_rows(table)
+        is_failed = pc.and_(pc.greater(table.column("run_seq"), run_seq), pc.is_valid(table.column("failure_kind")))
         end = bisect_right(deleted, uris[-1].as_py())
         yield Change(
-            rows=view.rows(output, current, ref, columns, after_seq=run_seq),
-            gone=_gone(uris, uris.filter(is_failed) if run_seq else uris[:0], deleted[num_done:end]),
-            num_current=pc.sum(is_labeled).as_py(),
+            rows=view.rows_of(output, current, labeled.filter(pc.greater(labeled["run_seq"], run_seq)), columns),
+            gone=_gone(uris, uris.filter(is_failed.combine_chunks()) if run_seq else uris[:0], deleted[num_done:end]),
+            num_current=len(labeled),
         )
         num_done = end
     if num_done < len(deleted):  # behind the last key that there is

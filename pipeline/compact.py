@@ -252,7 +252,7 @@ def _count(job: Job, item: pa.Table) -> pa.Table:
     if job.partition_by == "label":
         rows = view.rows(output, job.current, ref, ["uri", "run_seq", "label_names"])
     else:
-        wanted = view.wanted_rows(output, ref)
+        wanted = view.wanted_rows(catalog.read_table(output, ref))
         uris = view.uris_of(job.current, wanted.column("key"))
         rows = pa.table({"uri": uris, "run_seq": wanted.column("run_seq")})
     counts = Counter(partitions_of(job, rows))

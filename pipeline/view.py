@@ -109,27 +109,29 @@ def batches(output: Store, space_id: str | None = None, columns: Sequence[str] |
             yield table
 
 
-def rows(
-    output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None, *, after_seq: int = 0
-) -> pa.Table:
-    """The rows of the view whose keys are in one file of its catalog, in key order.
+def rows(output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of the view whose keys are in one file of its catalog, in key order. Errors as `rows_of`."""
+    return rows_of(output, current, wanted_rows(catalog.read_table(output, ref)), columns)
 
-    With `after_seq` only those of runs after that place in the log. Raises ConflictError for a label file that is gone
-    or another one, and for a key that the catalog calls labeled while no file has its row, or two have it.
+
+def rows_of(output: Store, current: View, wanted: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of the view that `wanted` names, some of `wanted_rows` in key order; in this order.
+
+    Raises ConflictError for a label file that is gone or another one, and for a key that the catalog calls labeled
+    while no file has its row, or two have it.
     """
     names = list(columns) if columns is not None else current.columns.names
-    wanted = wanted_rows(output, ref)
-    wanted = wanted.filter(pc.greater(wanted.column("run_seq"), after_seq))
     found = pa.schema([current.columns.field(name) for name in names]).empty_table()
     if not len(wanted):
         return found
+    first_key, last_key = (wanted.column("key")[place].as_py() for place in (0, -1))
     uris = uris_of(current, wanted.column("key"))
     run_seqs = wanted.column("run_seq").combine_chunks()
     present = set(run_seqs.unique().to_pylist())
     pieces, places = [], []
     for each in current.labels:
         is_present = each.run_seq in present if each.run_seq is not None else _covers(current.snapshot, present)
-        if is_present and each.ref.first_key <= ref.last_key and each.ref.last_key >= ref.first_key:
+        if is_present and each.ref.first_key <= last_key and each.ref.last_key >= first_key:
             piece = _read(output, each.ref, sorted({*names, "uri", "run_seq"}), uris[0].as_py(), uris[-1].as_py())
             place = pc.index_in(piece.column("uri").combine_chunks(), value_set=uris)
             # Null where the uri is not wanted, and so is then the comparison: such a row is left out.
@@ -144,10 +146,9 @@ def rows(
     return found if is_sorted else found.take(pc.array_sort_indices(order))
 
 
-def wanted_rows(output: Store, ref: FileRef) -> pa.Table:
-    """Key and run_seq of every key in one file of the catalog that has a label, in key order."""
-    table = catalog.read_table(output, ref)
-    return table.filter(pc.is_null(table.column("failure_kind"))).select(["key", "run_seq"])
+def wanted_rows(outcomes: pa.Table) -> pa.Table:
+    """Key and run_seq of every row of a catalog (schema.CATALOG) that is a label, in the same order."""
+    return outcomes.filter(pc.is_null(outcomes.column("failure_kind"))).select(["key", "run_seq"])
 
 
 def uris_of(current: View, keys: pa.ChunkedArray) -> pa.Array:
