@@ -27,7 +27,7 @@ from pipeline.changes import Change
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.log import State
 from pipeline.storage import Store
-from pipeline.verify_files import LENGTH_TOLERANCE
+from pipeline.verify_files import is_no_unit_vector
 from pipeline.view import View
 
 Target = Literal["lance", "qdrant", "opensearch"]
@@ -88,11 +88,8 @@ def _check_since(options: Options, nights: Store, state: State) -> None:
 
 def _checked(nights: Store, state: State, current: View, run_seq: int, *, columns: list[str]) -> Iterator[Change]:
     """The changes; ConflictError for vectors that are not finite and of length 1, which search would rank wrongly."""
-    dim = current.columns.field("embedding").type.list_size
     for change in changes.since(nights, state, current, run_seq, columns):
-        vectors = _flat(change.rows).to_numpy(zero_copy_only=False).reshape(-1, dim)
-        lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-        is_bad = ~(np.abs(lengths - 1) <= LENGTH_TOLERANCE)
+        is_bad = is_no_unit_vector(change.rows.column("embedding").combine_chunks())
         if is_bad.any():
             first = change.rows["uri"][int(is_bad.argmax())].as_py()
             raise ConflictError(
@@ -100,11 +97,6 @@ def _checked(nights: Store, state: State, current: View, run_seq: int, *, column
                 " verify the output"
             )
         yield change
-
-
-def _flat(rows: pa.Table) -> pa.Array:
-    """All values of the vectors, one after the other."""
-    return rows.column("embedding").combine_chunks().flatten()
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -197,7 +189,7 @@ def _vectors(table: pa.Table) -> list[str]:
 
     34 µs and 4.7 kB for 384 values; as Python's floats 165 µs and 8.4 kB.
     """
-    texts = pc.cast(_flat(table), pa.string())
+    texts = pc.cast(table.column("embedding").combine_chunks().flatten(), pa.string())
     borders = pa.array(np.arange(len(table) + 1) * (len(texts) // max(1, len(table))), pa.int32())
     joined = pc.binary_join(pa.ListArray.from_arrays(borders, texts), ",")
     return [f"[{each}]" for each in joined.to_pylist()]

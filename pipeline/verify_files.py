@@ -252,9 +252,14 @@ def _broken_label_rules(batch: pa.RecordBatch, named: Named) -> Iterator[tuple[s
     yield "expected label_scores from 0 to 1", _spread(~in_range, has_all)
     yield "expected label_scores in descending order", _spread((np.diff(scores_Nk, axis=1) > 0).any(axis=1), has_all)
     if named.embedding_dim is not None:
-        flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-        lengths = np.linalg.norm(flat.reshape(-1, named.embedding_dim).astype(np.float64), axis=1)
-        yield "expected a finite embedding of length 1", ~(np.abs(lengths - 1) <= LENGTH_TOLERANCE)
+        yield "expected a finite embedding of length 1", is_no_unit_vector(batch.column("embedding"))
+
+
+def is_no_unit_vector(embeddings: pa.FixedSizeListArray) -> Mask:
+    """For each vector, none of them null: whether it is not finite, or not of length 1."""
+    vectors_ND = embeddings.flatten().to_numpy(zero_copy_only=False).reshape(-1, embeddings.type.list_size)
+    lengths_N = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND, dtype=np.float64))
+    return np.asarray(~(np.abs(lengths_N - 1) <= LENGTH_TOLERANCE), dtype=bool)  # NaN is in no range
 
 
 def _spread(is_bad: Mask, where: Mask) -> Mask:
