@@ -9,7 +9,7 @@ A module apart from `compare`, which counts: this one knows where rows come from
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from pipeline import log, predictions, storage, view
 from pipeline.errors import ConfigError, ConflictError
+from pipeline.predictions import Combination
 
 _FRAGMENT = re.compile(r"#((?:space|preprocess|precision)=[^#]*)$")
 
@@ -39,19 +40,20 @@ class Source(NamedTuple):
 
     run: Run
     name: str
-    part: Mapping[str, str]
+    part: Combination | str
+    """Of a file of predictions; or the space of an output."""
 
     def read(self, has_vectors: bool) -> Iterator[pa.Table]:
         """Labeled pictures in uri order: uri, label_names, label_scores, of an evaluation label_ids and true_id, too,
         and, if asked for, embedding. Raises ConflictError or SourceError for damage.
         """
         labeled: Iterator[pa.Table]
-        if self.name.endswith(".parquet"):
-            rows = predictions.batches(Path(self.name), _combination(Path(self.name), self.part))
+        if isinstance(self.part, Combination):
+            rows = predictions.batches(Path(self.name), self.part)
             labeled = (table.filter(pc.is_null(table["failure_kind"])) for table in rows)
         else:
             columns = ["uri", "label_names", "label_scores", *(["embedding"] if has_vectors else [])]
-            labeled = view.batches(storage.connect_output(self.name), self.part.get("space"), columns)
+            labeled = view.batches(storage.connect_output(self.name), self.part, columns)
         return _ordered(labeled, self.run.where)
 
 
@@ -66,15 +68,15 @@ def open_run(name: str) -> Source:
             f"--compare {name}: expected {' and '.join(sorted(allowed))} after #, found {', '.join(part)}"
         )
     if where.endswith(".parquet"):
-        combination = _combination(Path(where), part)
-        _, about = predictions.about(Path(where))
+        listed, about = predictions.about(Path(where))
+        combination = _combination(where, listed, part)
         run = Run(
             where=f"{where}#{combination}",
             model_id=about["model_id"],
             weights_digest=about["weights_digest"],
             embedding_dim=None,
         )
-        return Source(run, where, part)
+        return Source(run, where, combination)
     output = storage.connect_output(where)
     current = view.resolve(output, part.get("space"))
     claim = log.read_claim(output, current.newest.run_seq)
@@ -84,12 +86,11 @@ def open_run(name: str) -> Source:
         weights_digest=claim.metadata.get("label_bucket.weights_digest", ""),
         embedding_dim=current.newest.identity["embedding_dim"],
     )
-    return Source(run, where, {"space": current.space_id})
+    return Source(run, where, current.space_id)
 
 
-def _combination(path: Path, part: Mapping[str, str]) -> predictions.Combination:
-    """The only combination of the file that is meant."""
-    listed, _ = predictions.about(path)
+def _combination(path: str, listed: Sequence[Combination], part: Mapping[str, str]) -> Combination:
+    """The only one of a file's combinations that is meant."""
     meant = [each for each in listed if part.items() <= each._asdict().items()]
     if len(meant) != 1:
         found = ", ".join(f"#{name}={value}" for name, value in part.items()) or "nothing after the name"
