@@ -23,10 +23,12 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.checkpoint import PreprocessMode
 from pipeline.errors import FailureKind, ImageError
 from pipeline.image_stats import ImageStats
 from pipeline.picture import Facts, Recipe, make_picture
@@ -45,7 +47,7 @@ class Child:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self._recipe, self._limits = recipe, recipe.limits
+        self._recipe = recipe
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._num_sent = 0
@@ -63,7 +65,7 @@ class Child:
             return pixels, facts
         except BlockingIOError:
             self.close()
-            message = f"decoding took longer than {self._limits.max_wall_s:g} s"
+            message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
             raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise self._ending() from None
@@ -97,8 +99,9 @@ class Child:
             ours.settimeout(MAX_START_S)
             ours.recv(1)  # it is there: how long that takes is no property of an image
             ours.settimeout(None)
+            max_wall = _timeval(self._recipe.limits.max_wall_s)
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # then BlockingIOError, also in the middle of bytes
-                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *_timeval(self._limits.max_wall_s)))
+                ours.setsockopt(socket.SOL_SOCKET, option, max_wall)
             self._pipe = Connection(ours.detach())
             self._pipe.send_bytes(pickle.dumps(self._recipe))
             self._num_sent = 0
@@ -114,7 +117,7 @@ class Child:
         if code == -signal.SIGXCPU:
             kind, why = (
                 FailureKind.DECODE_TIMEOUT,
-                f"decoding took longer than {self._limits.max_cpu_s} s of processor time",
+                f"decoding took longer than {self._recipe.limits.max_cpu_s} s of processor time",
             )
         elif code == -signal.SIGKILL:
             kind, why = FailureKind.DECODE_OOM, "decoding was killed, as a machine without memory does"
@@ -125,9 +128,11 @@ class Child:
         return ImageError(kind, why, stage="decode")
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=len(get_args(PreprocessMode)))
 def child_of(recipe: Recipe) -> Child:
-    """The child of this worker: a worker makes pictures of one recipe, and starting a child takes half a second."""
+    """This worker's child for a recipe, kept because starting one takes half a second. A night has one recipe; an
+    evaluation goes through every preprocessing in each unit.
+    """
     return Child(recipe)
 
 
@@ -171,8 +176,8 @@ def _limit_address_space(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + max_bytes, hard))
 
 
-def _timeval(seconds: float) -> tuple[int, int]:
-    return int(seconds), int(seconds % 1 * 1e6)
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _limit_cpu_time(max_s: int) -> None:

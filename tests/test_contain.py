@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import images
 import numpy as np
@@ -16,13 +17,15 @@ import pytest
 from checkpoints import squash_spec
 from PIL import Image
 
+from pipeline import contain
+from pipeline.checkpoint import PreprocessMode
 from pipeline.contain import Child
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits
 from pipeline.errors import FailureKind, ImageError
 from pipeline.picture import Recipe, make_picture
 
 RECIPE = Recipe(spec=squash_spec(24), limits=DEFAULT_LIMITS, has_stats=True)
-GOOD = images.samples()["rgb.png"] if "rgb.png" in images.samples() else next(iter(images.samples().values()))
+GOOD = next(iter(images.samples().values()))
 
 
 @pytest.fixture
@@ -92,6 +95,18 @@ def test_one_child_makes_many_pictures(child: Child) -> None:
     assert pid_of(child) == first
 
 
+def test_going_through_every_preprocessing_starts_a_child_for_each_once() -> None:
+    recipes = [replace(RECIPE, spec=replace(RECIPE.spec, mode=mode)) for mode in get_args(PreprocessMode)]
+    contain.child_of.cache_clear()
+    pids = []
+    for recipe in [*recipes, *recipes]:
+        check_it_still_works(contain.child_of(recipe))
+        pids.append(pid_of(contain.child_of(recipe)))
+    contain.child_of.cache_clear()
+    assert pids[: len(recipes)] == pids[len(recipes) :]
+    assert len(set(pids)) == len(recipes) > 1
+
+
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_OOM)]
 )
@@ -116,7 +131,7 @@ def test_a_child_that_hangs_is_ended_at_the_wall_clock_and_so_is_one_that_does_n
         started_s = time.monotonic()
         assert kind_of(child, data) is FailureKind.DECODE_TIMEOUT
         assert time.monotonic() - started_s < 10
-    child._limits = DEFAULT_LIMITS
+    child._recipe = RECIPE
     check_it_still_works(child)
     child.close()
 
