@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, ImageError, LabelBucketError
 from pipeline.label import DEFAULT_BATCH_SIZE, Device, Labeler
 from pipeline.label_map import Given, Match
 from pipeline.metrics import TOP_K
+from pipeline.picture import Recipe
 from pipeline.predictions import Combination
 from pipeline.prepare import fetched, prepare_encoded
 from pipeline.truth import Item, LabeledSet
@@ -167,7 +168,7 @@ def _prepare(task: Task, packed: pa.Table) -> Iterator[pa.Table]:
         encoded = dict(enumerate(objects["encoded"].to_pylist()))
     objects = objects.drop_columns(["encoded"])
     for mode, spec in task.specs.items():
-        table, _ = prepare_encoded(objects, encoded.items(), spec, task.limits)
+        table, _ = prepare_encoded(objects, encoded.items(), Recipe(spec=spec, limits=task.limits))
         yield pack_unit(table, {**facts, "preprocess": mode})
 
 

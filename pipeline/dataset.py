@@ -23,10 +23,10 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 
 from pipeline import canary, parts, plan, storage
-from pipeline.checkpoint import Pooling, PreprocessSpec
-from pipeline.decode import DecodeLimits
+from pipeline.checkpoint import Pooling
 from pipeline.errors import ConfigError, LabelBucketError
 from pipeline.label import Device, Labeler
+from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
 
 UNITS_PER_WAVE = 4096
@@ -54,8 +54,7 @@ class Task:
     input_url: str
     output_url: str
     run_id: str
-    spec: PreprocessSpec
-    limits: DecodeLimits
+    recipe: Recipe
     object_deadline_s: float
     model: str
     model_revision: str
@@ -64,7 +63,6 @@ class Task:
     top_k: int
     precision: Literal["auto", "fp32", "bf16"]
     batch_size: int | None
-    image_stats: bool = False
     canaries: canary.Vectors | None = field(default=None, compare=False)
     """What the canary images must look like to every actor; None in a space's first run, until its own are known."""
 
@@ -161,7 +159,7 @@ def _checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vector
         model=task.model,
         revision=task.model_revision,
         weights_digest=task.weights_digest,
-        spec=task.spec,
+        spec=task.recipe.spec,
         pooling=task.pooling,
         top_k=task.top_k,
         device=device,
@@ -238,9 +236,7 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     started_s = time.perf_counter()
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
     source = storage.connect(task.input_url)
-    table, decode_s = prepare_unit(
-        source, objects, task.spec, task.limits, deadline_s=task.object_deadline_s, has_stats=task.image_stats
-    )
+    table, decode_s = prepare_unit(source, objects, task.recipe, deadline_s=task.object_deadline_s)
     prepare_s = time.perf_counter() - started_s
     facts = {
         "range_id": row["range_id"],

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import contain, schema
-from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DecodeLimits
 from pipeline.errors import FailureKind, ImageError
 from pipeline.fetch import fetch
@@ -20,22 +19,13 @@ from pipeline.picture import Facts, Recipe
 from pipeline.storage import ObjectInfo, Store
 
 
-def prepare_unit(
-    store: Store,
-    objects: pa.Table,
-    spec: PreprocessSpec,
-    limits: DecodeLimits,
-    *,
-    deadline_s: float,
-    has_stats: bool = False,
-) -> tuple[pa.Table, float]:
+def prepare_unit(store: Store, objects: pa.Table, recipe: Recipe, *, deadline_s: float) -> tuple[pa.Table, float]:
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
 
-    Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless `has_stats`. Raises as
-    `fetched` does; then none of the unit is a row.
+    Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless the recipe has them.
+    Raises as `fetched` does; then none of the unit is a row.
     """
-    encoded = fetched(store, objects, limits, deadline_s=deadline_s)
-    return prepare_encoded(objects, encoded, spec, limits, has_stats=has_stats)
+    return prepare_encoded(objects, fetched(store, objects, recipe.limits, deadline_s=deadline_s), recipe)
 
 
 def fetched(
@@ -62,20 +52,16 @@ def fetched(
 
 
 def prepare_encoded(
-    objects: pa.Table,
-    encoded: Iterable[tuple[int, bytes | ImageError]],
-    spec: PreprocessSpec,
-    limits: DecodeLimits,
-    *,
-    has_stats: bool = False,
+    objects: pa.Table, encoded: Iterable[tuple[int, bytes | ImageError]], recipe: Recipe
 ) -> tuple[pa.Table, float]:
     """The half of `prepare_unit` that needs no store: the same result, from (row, bytes or failure) in any order.
 
     Every row of `objects` must come; where one comes twice, the last holds.
     """
-    pixels = np.empty((len(objects), spec.input_px, spec.input_px, 3), np.uint8)
+    edge_px = recipe.spec.input_px
+    pixels = np.empty((len(objects), edge_px, edge_px, 3), np.uint8)
     results: dict[int, Facts | ImageError] = {}
-    child = contain.child_of(Recipe(spec=spec, limits=limits, has_stats=has_stats))
+    child = contain.child_of(recipe)
     busy_s = 0.0
     for row, data in encoded:
         if isinstance(data, ImageError):

@@ -19,6 +19,7 @@ from pipeline.diff import Rules
 from pipeline.errors import AbsentError, ConfigError, ConflictError, ForbiddenError, SourceError
 from pipeline.listing import Scope
 from pipeline.log import Entry, FileRef, State
+from pipeline.picture import Recipe
 from pipeline.preprocess import spec_from_config
 from pipeline.storage import ObjectInfo, Store
 
@@ -27,8 +28,9 @@ OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "snapshots", "_ca
 MAX_PAGES_LOOKED_AT = 100
 """Of the listing, before anything is written: 15 s on S3."""
 PRECISION = "label_bucket.compute_dtype"
-IMAGE_STATS = "label_bucket.image_stats"
 """The footer key, also in a claim, that says what the model computes in."""
+IMAGE_STATS = "label_bucket.image_stats"
+"""Likewise: whether the columns of schema.STATS are filled, as Python writes a boolean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +213,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def worker_task(config: Config, request: Request, run_id: str, precision: str) -> dataset.Task:
+def worker_task(
+    config: Config, request: Request, run_id: str, precision: str, *, has_stats: bool = False
+) -> dataset.Task:
     """What workers have to know to do this run's units."""
     return dataset.Task(
         input_url=request.source.root,
         output_url=request.output.root,
         run_id=run_id,
-        spec=request.spec,
-        limits=decode.DecodeLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_px),
+        recipe=Recipe(
+            spec=request.spec,
+            limits=decode.DecodeLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_px),
+            has_stats=has_stats,
+        ),
         object_deadline_s=config.object_deadline_s,
         model=portable(config.model),
         model_revision=request.checkpoint.revision,
@@ -227,7 +234,6 @@ def worker_task(config: Config, request: Request, run_id: str, precision: str) -
         top_k=config.top_k,
         precision="bf16" if precision == "bf16" else "fp32",
         batch_size=config.batch_size,
-        image_stats=config.image_stats,
     )
 
 

@@ -259,11 +259,9 @@ def _label(
     if first is None:
         return
     # A run that is resumed keeps the precision and the columns it began with, on whatever device: its files name one.
-    task = replace(
-        worker_task(config, request, claim.run_id, claim.metadata[PRECISION]),
-        image_stats=claim.metadata[IMAGE_STATS] == str(True),
-        canaries=reference,
-    )
+    has_stats = claim.metadata[IMAGE_STATS] == str(True)
+    task = worker_task(config, request, claim.run_id, claim.metadata[PRECISION], has_stats=has_stats)
+    task = replace(task, canaries=reference)
     if request.base is not None:  # otherwise it was checked before the claim
         dataset.check_model(task, resources.device)
     try:
@@ -274,8 +272,9 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
-        report.bottleneck = asdict(progress.bottleneck())
-        _log.info("%s", progress.bottleneck().advice)
+        bottleneck = progress.bottleneck()
+        report.bottleneck = asdict(bottleneck)
+        _log.info("%s", bottleneck.advice)
 
 
 def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:

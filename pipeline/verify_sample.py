@@ -22,6 +22,7 @@ from pipeline.decode import DecodeLimits
 from pipeline.errors import TRANSIENT, ConfigError, ConflictError, SourceError
 from pipeline.label import Labeler
 from pipeline.log import Claim, FileRef
+from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
 from pipeline.progress import Report
 from pipeline.storage import Store
@@ -195,7 +196,8 @@ def _compare_rows(source: Store, claim: Claim, labeler: Labeler, table: pa.Table
             )
         ),
     )
-    decoded, _ = prepare_unit(source, _objects(table, source.root), _spec(claim), limits, deadline_s=_DEADLINE_S)
+    recipe = Recipe(spec=_spec(claim), limits=limits)
+    decoded, _ = prepare_unit(source, _objects(table, source.root), recipe, deadline_s=_DEADLINE_S)
     again = labeler(decoded)
     allowed = MAX_SCORE_DIFFERENCE[_precision(claim)]
     for row, fresh in zip(table.to_pylist(), again.to_pylist(), strict=True):

@@ -13,6 +13,7 @@ from pipeline.diff import Rules
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.listing import Scope
+from pipeline.picture import Recipe
 from pipeline.preprocess import spec_from_config
 
 
@@ -40,8 +41,7 @@ def planned(tmp_path: Path) -> tuple[dataset.Task, plan.RangePlan]:
         input_url=source.root,
         output_url=output.root,
         run_id="run",
-        spec=spec,
-        limits=decode.DEFAULT_LIMITS,
+        recipe=Recipe(spec=spec, limits=decode.DEFAULT_LIMITS),
         object_deadline_s=5,
         model=found.folder,
         model_revision=found.revision,
@@ -126,7 +126,8 @@ def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
     task, sealed = planned
     vectors = dataset.check_model(task, "cpu")
     assert vectors.shape == (canary.NUM_CANARIES, 24)
-    rescaled = replace(task, spec=replace(task.spec, rescale_factor=1 / 127.5), canaries=vectors)
+    spec = replace(task.recipe.spec, rescale_factor=1 / 127.5)
+    rescaled = replace(task, recipe=replace(task.recipe, spec=spec), canaries=vectors)
     with pytest.raises(ConflictError, match=r"^canary image \w+\.\w+: .* found cosine -?0\.\d+"), engine.errors():
         dataset.check_model(rescaled, "cpu")
     # The same from the actors themselves, as from a node that is not the one that check_model ran on.

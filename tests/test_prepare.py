@@ -22,6 +22,7 @@ from pipeline.checkpoint import PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits, decode
 from pipeline.errors import UnavailableError
 from pipeline.image_stats import image_stats
+from pipeline.picture import Recipe
 from pipeline.preprocess import preprocess
 from pipeline.storage import ObjectInfo
 
@@ -36,7 +37,9 @@ def prepared(
     deadline_s: float = 5,
 ) -> pa.Table:
     objects = plan.objects_table(storage.normalize(url), infos)
-    table, busy_s = prepare.prepare_unit(storage.connect(url), objects, spec, limits, deadline_s=deadline_s)
+    table, busy_s = prepare.prepare_unit(
+        storage.connect(url), objects, Recipe(spec=spec, limits=limits), deadline_s=deadline_s
+    )
     assert table.schema.equals(schema.DECODED)
     assert table.select(schema.OBJECTS.names).equals(objects)
     assert busy_s >= 0
@@ -79,7 +82,8 @@ def test_statistics_are_those_of_the_row_and_null_unless_asked_for(tmp_path: Pat
     without = prepared(str(tmp_path), infos)
     objects = plan.objects_table(storage.normalize(str(tmp_path)), infos)
     source = storage.connect(str(tmp_path))
-    table, _ = prepare.prepare_unit(source, objects, SPEC, DEFAULT_LIMITS, deadline_s=5, has_stats=True)
+    recipe = Recipe(spec=SPEC, limits=DEFAULT_LIMITS, has_stats=True)
+    table, _ = prepare.prepare_unit(source, objects, recipe, deadline_s=5)
     assert table.schema.equals(schema.DECODED)
     names = [field.name for field in schema.STATS]
     assert table.drop_columns(names).equals(without.drop_columns(names))

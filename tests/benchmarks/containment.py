@@ -6,27 +6,22 @@ python tests/benchmarks/containment.py --photos FOLDER --rounds 5
 import argparse
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import PreprocessSpec
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from checkpoints import squash_spec
+
 from pipeline.contain import Child
 from pipeline.decode import DEFAULT_LIMITS
 from pipeline.picture import Recipe, make_picture
 
-SPEC = PreprocessSpec(
-    mode="checkpoint",
-    resize="squash",
-    resize_hw_px=(256, 256),
-    resample=3,
-    crop_px=224,
-    input_px=224,
-    rescale_factor=1 / 255,
-    image_mean=(0.5, 0.5, 0.5),
-    image_std=(0.5, 0.5, 0.5),
-)
+SPEC = replace(squash_spec(224), resize_hw_px=(256, 256), crop_px=224)
 
 
 def main() -> None:

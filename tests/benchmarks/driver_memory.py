@@ -27,6 +27,7 @@ import checkpoints
 import ray
 
 from pipeline import checkpoint, dataset, decode, plan, storage
+from pipeline.picture import Recipe
 from pipeline.preprocess import spec_from_config
 from pipeline.progress import Progress
 
@@ -59,12 +60,12 @@ def _measure(num_units: int) -> None:
         output = storage.connect(str(root / "out"))
         planned = _plan(output, num_units)
         found = checkpoint.resolve(str(checkpoints.write_small(root / "model")))
+        spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
         task = dataset.Task(
             input_url=storage.connect(str(root / "in")).root,
             output_url=output.root,
             run_id="run",
-            spec=spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px),
-            limits=decode.DEFAULT_LIMITS,
+            recipe=Recipe(spec=spec, limits=decode.DEFAULT_LIMITS),
             object_deadline_s=5,
             model=found.folder,
             model_revision=found.revision,
