@@ -4,6 +4,7 @@ A module apart from `model`, because the driver and Ray's task machinery import 
 pay for torch: the import happens in the actor's constructor.
 """
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -82,6 +83,16 @@ class Labeler:
         self._batch_BHWC = np.zeros(
             (batch_size or DEFAULT_BATCH_SIZE[device], spec.input_px, spec.input_px, 3), dtype=np.uint8
         )
+
+    def with_spec(self, spec: checkpoint.PreprocessSpec) -> "Labeler":
+        """The same model, which is in memory once, for units of another preprocessing. One of both at a time: they
+        share their batch.
+        """
+        if spec.input_px != self._spec.input_px:
+            raise ValueError(f"expected a model input of {self._spec.input_px} px, found {spec.input_px}")
+        other = copy.copy(self)
+        other._classifier, other._spec = self._classifier.with_spec(spec), spec
+        return other
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Label one unit. The pixels stay behind.

@@ -56,6 +56,7 @@ class Classifier(torch.nn.Module):
 
     def __init__(self, network: PreTrainedModel, spec: PreprocessSpec, pooling: Pooling) -> None:
         super().__init__()
+        self._network = network
         self.backbone = network.base_model
         # In the order of the tokens they read.
         names = _DISTILLED_HEADS if isinstance(network, DeiTForImageClassificationWithTeacher) else ["classifier"]
@@ -80,6 +81,10 @@ class Classifier(torch.nn.Module):
             return logits_BK, None
         pooled_BD = self._pool(tokens_BTD)
         return logits_BK, pooled_BD / torch.linalg.vector_norm(pooled_BD, dim=1, keepdim=True)
+
+    def with_spec(self, spec: PreprocessSpec) -> "Classifier":
+        """The same weights, which are in memory once, behind the normalization of another preprocessing."""
+        return Classifier(self._network, spec, self._pooling).eval().to(self._mean.device)
 
     def _pool(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
         match self._pooling:

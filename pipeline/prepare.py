@@ -5,7 +5,8 @@ waits overlap decoding. Same rows in, same order out; a failure is marked in its
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,9 +40,20 @@ def prepare_unit(
 ) -> tuple[pa.Table, float]:
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
 
-    Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless `has_stats`. Objects
-    that storage did not answer for get a second deadline after all others. Raises UnavailableError in an outage and
-    ForbiddenError if the identity lost its permission, as `fetch` does; then none of the unit is a row.
+    Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless `has_stats`. Raises as
+    `fetched` does; then none of the unit is a row.
+    """
+    encoded = fetched(store, objects, limits, deadline_s=deadline_s)
+    return prepare_encoded(objects, encoded, spec, limits, has_stats=has_stats)
+
+
+def fetched(
+    store: Store, objects: pa.Table, limits: DecodeLimits, *, deadline_s: float
+) -> Iterator[tuple[int, bytes | ImageError]]:
+    """The row and the encoded bytes of each object, or its failure.
+
+    Objects that storage did not answer for get a second deadline after all others, so they come twice: what comes last
+    holds. Raises UnavailableError in an outage and ForbiddenError if the identity lost its permission, as `fetch` does.
     """
     infos = [
         ObjectInfo(
@@ -49,30 +61,43 @@ def prepare_unit(
         )
         for row in objects.to_pylist()
     ]
-    pixels = np.empty((len(infos), spec.input_px, spec.input_px, 3), np.uint8)
-    results: list[_Picture | ImageError] = [ImageError(FailureKind.UNAVAILABLE, "", stage="fetch")] * len(infos)
+    read = partial(fetch, store, max_image_bytes=limits.max_bytes, deadline_s=deadline_s)
+    again = []
+    for row, data in enumerate(read(infos)):
+        if isinstance(data, ImageError) and data.kind is FailureKind.UNAVAILABLE:
+            again.append(row)
+        yield row, data
+    yield from zip(again, read([infos[row] for row in again]), strict=True)
+
+
+def prepare_encoded(
+    objects: pa.Table,
+    encoded: Iterable[tuple[int, bytes | ImageError]],
+    spec: PreprocessSpec,
+    limits: DecodeLimits,
+    *,
+    has_stats: bool = False,
+) -> tuple[pa.Table, float]:
+    """The half of `prepare_unit` that needs no store: the same result, from (row, bytes or failure) in any order.
+
+    Every row of `objects` must come; where one comes twice, the last holds.
+    """
+    pixels = np.empty((len(objects), spec.input_px, spec.input_px, 3), np.uint8)
+    results: dict[int, _Picture | ImageError] = {}
     busy_s = 0.0
-
-    def fill(rows: Iterable[int]) -> None:
-        nonlocal busy_s
-        rows = list(rows)
-        encoded = fetch(store, [infos[row] for row in rows], max_image_bytes=limits.max_bytes, deadline_s=deadline_s)
-        for row, data in zip(rows, encoded, strict=True):
-            if isinstance(data, ImageError):
-                results[row] = data
-                continue
-            started_s = time.perf_counter()
-            try:
-                image = decode(data, limits)
-                pixels[row] = _preprocess(image, spec)
-                results[row] = _Picture(image.size, image_stats(data, image, pixels[row]) if has_stats else None)
-            except ImageError as error:
-                results[row] = error
-            busy_s += time.perf_counter() - started_s
-
-    fill(range(len(infos)))
-    fill([row for row, result in enumerate(results) if _is_unavailable(result)])
-    return _decoded(objects, results, pixels), busy_s
+    for row, data in encoded:
+        if isinstance(data, ImageError):
+            results[row] = data
+            continue
+        started_s = time.perf_counter()
+        try:
+            image = decode(data, limits)
+            pixels[row] = _preprocess(image, spec)
+            results[row] = _Picture(image.size, image_stats(data, image, pixels[row]) if has_stats else None)
+        except ImageError as error:
+            results[row] = error
+        busy_s += time.perf_counter() - started_s
+    return _decoded(objects, [results[row] for row in range(len(objects))], pixels), busy_s
 
 
 def _preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
@@ -81,10 +106,6 @@ def _preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint
     except MemoryError as error:
         message = f"memory ran out while resizing {image.width}x{image.height} pixels"
         raise ImageError(FailureKind.DECODE_OOM, message, stage="decode") from error
-
-
-def _is_unavailable(result: _Picture | ImageError) -> bool:
-    return isinstance(result, ImageError) and result.kind is FailureKind.UNAVAILABLE
 
 
 def _decoded(objects: pa.Table, results: list[_Picture | ImageError], pixels: np.ndarray) -> pa.Table:

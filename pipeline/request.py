@@ -220,7 +220,7 @@ def worker_task(config: Config, request: Request, run_id: str, precision: str) -
         spec=request.spec,
         limits=decode.DecodeLimits(max_bytes=config.max_image_bytes, max_pixels=config.max_image_px),
         object_deadline_s=config.object_deadline_s,
-        model=_portable(config.model),
+        model=portable(config.model),
         model_revision=request.checkpoint.revision,
         weights_digest=request.checkpoint.weights_digest,
         pooling=config.embedding,
@@ -231,6 +231,6 @@ def worker_task(config: Config, request: Request, run_id: str, precision: str) -
     )
 
 
-def _portable(model: str) -> str:
+def portable(model: str) -> str:
     """`model` as workers with another working directory understand it."""
     return str(Path(model).resolve()) if "://" not in model and Path(model).is_dir() else model

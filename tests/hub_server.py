@@ -1,7 +1,8 @@
-"""A model hub on 127.0.0.1: as much of the hub's HTTP interface as its own client needs to download a model."""
+"""A hub on 127.0.0.1: as much of the hub's HTTP interface as its own clients need for a model or a data set."""
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 
 class Repository(NamedTuple):
-    """One model: the folder that each revision (branch or `refs/pr/N`) holds."""
+    """One model or data set: the folder that each revision (branch or `refs/pr/N`) holds."""
 
     folders: dict[str, Path]
     conversion_author: str = "SFconvertbot"
+    is_gated: bool = False
+    """Its files are for those whom its owner has let in, and nobody is."""
 
     def commit(self, revision: str) -> str | None:
         """The commit of a branch, or `revision` itself if it is one of the commits."""
@@ -36,7 +39,7 @@ class Hub(NamedTuple):
 
 @contextmanager
 def serve_hub(repositories: dict[str, Repository]) -> Iterator[Hub]:
-    """A hub that holds `repositories` by id, until the block ends."""
+    """A hub that holds `repositories` by id (of a data set `datasets/` and its id), until the block ends."""
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -48,16 +51,23 @@ def serve_hub(repositories: dict[str, Repository]) -> Iterator[Hub]:
         def do_HEAD(self) -> None:
             self._answer()
 
+        def do_POST(self) -> None:
+            self._body = self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer()
+
         def log_message(self, *args: Any) -> None:
             """Quiet."""
 
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             requests.append(f"{self.command} {path}")
-            for model_id, repository in repositories.items():
-                for prefix in (f"api/models/{model_id}/", f"{model_id}/resolve/"):
-                    if path.startswith(prefix):
-                        self._answer_for(model_id, repository, path.removeprefix(prefix), is_api=prefix[:4] == "api/")
+            for name, repository in repositories.items():
+                api = f"api/{name}" if name.startswith("datasets/") else f"api/models/{name}"
+                for prefix in (f"{api}/", f"{name}/resolve/"):
+                    if f"{path}/".startswith(prefix):
+                        self._answer_for(
+                            name, repository, path.removeprefix(prefix[:-1])[1:], is_api=prefix[:4] == "api/"
+                        )
                         return
             self._send(404, b"", **{"X-Error-Code": "RepoNotFound"})
 
@@ -68,20 +78,37 @@ def serve_hub(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 found = [_pull_request(model_id, int(number), repository.conversion_author) for number in numbers]
                 self._send_json({"discussions": found, "count": len(found), "start": 0})
                 return
-            revision, _, name = rest.rpartition("/") if verb == "resolve" else (rest, "", "")
+            revision, _, name = rest.rpartition("/") if verb == "resolve" else (rest or "main", "", "")
             commit = repository.commit(revision)
-            if commit is None:
-                self._send(404, b"", **{"X-Error-Code": "RevisionNotFound"})
-            elif verb == "revision":
-                self._send_json({"id": model_id, "sha": commit})
-            elif verb == "tree":
+            if repository.is_gated and verb == "resolve":
+                self._send(403, b"", **{"X-Error-Code": "GatedRepo"})
+            elif commit is None:
+                # Below a commit's root there are no folders.
+                is_folder = verb == "tree" and repository.commit(rest.partition("/")[0]) is not None
+                self._send(404, b"", **{"X-Error-Code": "EntryNotFound" if is_folder else "RevisionNotFound"})
+            elif verb in ("revision", ""):
+                names = [{"rfilename": file.name} for file in sorted(repository.folder(commit).iterdir())]
+                self._send_json({"id": model_id.removeprefix("datasets/"), "sha": commit, "siblings": names})
+            elif verb in ("tree", "paths-info"):
                 files = sorted(repository.folder(commit).iterdir())
+                if verb == "paths-info":
+                    files = [file for file in files if file.name in json.loads(self._body)["paths"]]
                 self._send_json(
                     [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _oid(f)} for f in files]
                 )
             else:
-                file = repository.folder(commit) / name
-                self._send(200, file.read_bytes(), **{"ETag": f'"{_oid(file)}"', "X-Repo-Commit": commit})
+                self._send_file(repository.folder(commit) / name, commit)
+
+        def _send_file(self, file: Path, commit: str) -> None:
+            if not file.is_file():
+                self._send(404, b"", **{"X-Error-Code": "EntryNotFound"})
+                return
+            headers = {"ETag": f'"{_oid(file)}"', "X-Repo-Commit": commit}
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if wanted is None:
+                self._send(200, file.read_bytes(), **headers)
+            else:
+                self._send(206, file.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1], **headers)
 
         def _send_json(self, content: Any) -> None:
             self._send(200, json.dumps(content).encode(), **{"Content-Type": "application/json"})

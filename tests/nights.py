@@ -1,7 +1,7 @@
 """Nights without images: what published runs leave behind, written through the pipeline's own publishing code."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -49,8 +49,9 @@ class Nights:
         failed: Mapping[str, str] | None = None,
         deleted: Iterable[str] = (),
         space_id: str = "deit-01234567",
+        change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> Entry:
-        """A night in which these keys are labeled, failed by a kind, or gone."""
+        """A night in which these keys are labeled (`change` makes of each row what is said of it), failed, or gone."""
         claim = self.claim(space_id)
         self.num += 1
         labeled, deleted, failed = sorted(labeled), sorted(deleted), dict(sorted((failed or {}).items()))
@@ -62,7 +63,7 @@ class Nights:
             "run",
             (BEGIN + timedelta(days=self.num)).isoformat(),
             counts={"labeled": len(labeled)},
-            labels=self._put("labels", claim, [files.labels(_part(labeled, {}), claim, DIM)]),
+            labels=self._put("labels", claim, [files.labels(_part(labeled, {}, change), claim, DIM)]),
             dead_letters=self._put("failures", claim, [files.failures(_part(list(failed), failed), claim)]),
             deletions=self._put("deletions", claim, [files.deletions(_table(gone), claim)]),
             catalog=self._catalog(claim, base, _table(gone), _table(fresh)),
@@ -148,8 +149,10 @@ def _catalog_row(key: str, failure_kind: str | None, run_seq: int) -> dict[str, 
     }
 
 
-def _part(keys: list[str], failed: Mapping[str, str]) -> pa.Table:
-    return pa.Table.from_pylist([_row(key, failed.get(key)) for key in keys], schema.labeled(DIM))
+def _part(
+    keys: list[str], failed: Mapping[str, str], change: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> pa.Table:
+    return pa.Table.from_pylist([change(_row(key, failed.get(key))) for key in keys], schema.labeled(DIM))
 
 
 @functools.cache

@@ -272,6 +272,31 @@ def test_pixels_are_read_without_copying_them() -> None:
             assert data.address <= view.ctypes.data < data.address + data.size
 
 
+# --- another preprocessing ----------------------------------------------------------------------------------------
+
+
+def test_the_model_behind_another_normalization_is_the_one_that_was_built_for_it(
+    found: Checkpoint, labeler: Labeler
+) -> None:
+    spec = checkpoints.squash_spec(INPUT_PX, mean=0.4, std=0.2)
+    table = _unit(range(6), failed={2})
+    before = _bytes(labeler(table))
+    other = labeler.with_spec(spec)
+    assert _bytes(other(table)) == _bytes(_labeler(found, spec=spec)(table)) != before
+    assert _bytes(labeler(table)) == before
+    weights = [{each.data_ptr() for each in one._classifier.parameters()} for one in (labeler, other)]
+    assert weights[0] == weights[1]
+    with pytest.raises(ValueError, match="expected a model input of 32 px, found 16"):
+        labeler.with_spec(checkpoints.squash_spec(16))
+
+
+def test_the_weights_stay_in_bf16_behind_another_normalization(found: Checkpoint) -> None:
+    spec = checkpoints.squash_spec(INPUT_PX, mean=0.4, std=0.2)
+    table = _unit(range(3))
+    other = _labeler(found, precision="bf16").with_spec(spec)
+    assert _bytes(other(table)) == _bytes(_labeler(found, precision="bf16", spec=spec)(table))
+
+
 # --- construction -------------------------------------------------------------------------------------------------
 
 
