@@ -68,7 +68,7 @@ ORDER = (
     *("parts", "outcomes", "files", "drift", "publish"),
     *("view", "changes", "snapshot", "sheet", "capability"),
     *("engine", "dataset", "progress", "request", "heartbeat", "run"),
-    *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
+    *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("export_lance", "export"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
     *("shapes", "draw"),
