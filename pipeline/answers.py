@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data import Dataset, TaskPoolStrategy
 
 from pipeline import decode, label_map, plan, predictions, storage, truth
 from pipeline.checkpoint import PreprocessMode, PreprocessSpec
-from pipeline.dataset import COMMIT_CPUS, NO_PROGRESS_TIMEOUT_S, Resources, pack_unit, unpack_unit
+from pipeline.dataset import COMMIT_CPUS, Resources, pack_unit, prepare_and_label, set_context, unpack_unit
 from pipeline.errors import ConfigError, ImageError, LabelBucketError
 from pipeline.label import DEFAULT_BATCH_SIZE, Device, Labeler
 from pipeline.label_map import Given, Match
@@ -91,40 +91,16 @@ def label_set(task: Task, resources: Resources) -> Iterator[Answers]:
 
 def build(task: Task, resources: Resources) -> Dataset:
     """The pipeline over a labeled set."""
-    context = DataContext.get_current()
     # Every row is a block of its own: a generator's blocks go on as they come, and its task waits while they pile up.
-    context.target_max_block_size = 1
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    context.raise_original_map_exception = True
-    return (
-        ray.data.from_items([{"reader": 0}])
-        .map_batches(
-            partial(_read, task, max(MIN_UNIT_ROWS, DEFAULT_BATCH_SIZE[resources.device])),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=1),
-            num_cpus=COMMIT_CPUS,
-        )
-        .map_batches(
-            partial(_prepare, task),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(),
-            num_cpus=resources.prepare_cpus,
-        )
-        .map_batches(
-            _Label,
-            fn_constructor_args=(task, resources.device),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=resources.num_actors),
-            num_cpus=resources.actor_cpus,
-            num_gpus=1 if resources.device == "cuda" else None,
-        )
+    set_context(max_block_bytes=1, preserve_order=True)
+    units = ray.data.from_items([{"reader": 0}]).map_batches(
+        partial(_read, task, max(MIN_UNIT_ROWS, DEFAULT_BATCH_SIZE[resources.device])),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=1),
+        num_cpus=COMMIT_CPUS,
     )
+    return prepare_and_label(units, partial(_prepare, task), _Label, (task, resources.device), resources)
 
 
 def _read(task: Task, unit_rows: int, _: pa.Table) -> Iterator[pa.Table]:

@@ -10,7 +10,7 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -183,40 +183,53 @@ def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Itera
 
 def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
     """The pipeline over one wave of units."""
+    set_context(max_block_bytes=None, preserve_order=False)
+    # Not from_arrow with a table per unit: it runs a task per table for its metadata, 50 kB and 2.6 ms per unit.
+    units = ray.data.from_items([each._asdict() for each in work], override_num_blocks=len(work))
+    labeled = prepare_and_label(units, partial(_prepare, task), _Label, (task, resources.device), resources)
+    return labeled.map_batches(
+        partial(_commit, task),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(size=min(resources.max_commits, len(work))),  # the engine warns of a larger one
+        num_cpus=COMMIT_CPUS,
+    )
+
+
+def set_context(*, max_block_bytes: int | None, preserve_order: bool) -> None:
+    """How this driver's datasets run: without a word, and with errors as they were raised."""
     context = DataContext.get_current()
-    context.target_max_block_size = None
+    context.target_max_block_size = max_block_bytes
     context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
+    context.execution_options.preserve_order = preserve_order
     context.execution_options.verbose_progress = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     # Or the engine raises its own exception in the worker, and ours, its cause, is lost on the way to the driver.
     context.raise_original_map_exception = True
-    return (
-        # Not from_arrow with a table per unit: it runs a task per table for its metadata, 50 kB and 2.6 ms per unit.
-        ray.data.from_items([each._asdict() for each in work], override_num_blocks=len(work))
-        .map_batches(
-            partial(_prepare, task),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(),
-            num_cpus=resources.prepare_cpus,
-        )
-        .map_batches(
-            _Label,
-            fn_constructor_args=(task, resources.device),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=resources.num_actors),
-            num_cpus=resources.actor_cpus,
-            num_gpus=1 if resources.device == "cuda" else None,
-        )
-        .map_batches(
-            partial(_commit, task),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=min(resources.max_commits, len(work))),  # the engine warns of a larger one
-            num_cpus=COMMIT_CPUS,
-        )
+
+
+def prepare_and_label(
+    units: Dataset,
+    prepare: Callable[[pa.Table], pa.Table],
+    label: type,
+    label_arguments: tuple[Any, ...],
+    resources: Resources,
+) -> Dataset:
+    """Units, one in a row and block, through CPU tasks and a pool of actors of class `label`."""
+    return units.map_batches(
+        prepare,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=TaskPoolStrategy(),
+        num_cpus=resources.prepare_cpus,
+    ).map_batches(
+        label,
+        fn_constructor_args=label_arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=resources.num_actors),
+        num_cpus=resources.actor_cpus,
+        num_gpus=1 if resources.device == "cuda" else None,
     )
 
 

@@ -53,6 +53,13 @@ class DecodeLimits:
     """Bytes that are not pixels. Phones store megabytes of depth maps before the picture."""
     max_scans: int = 64
     """Scans of a JPEG. Encoders write about 10; each costs a pass over all pixels (17 ms per 16 million)."""
+    max_cpu_s: int = 5
+    """Processor time, in the kernel's unit of whole seconds: up to one more is let through. 50 million pixels take 2 to
+    3. This and the next two hold in the child process of `contain`."""
+    max_wall_s: float = 60.0
+    """For what uses no processor time. Long, because a crowded machine is no property of an image."""
+    max_address_bytes: int = 2 * 2**30
+    """Address space beyond what the child has when it starts. 50 million pixels take up to 0.7 GB."""
 
 
 DEFAULT_LIMITS = DecodeLimits()

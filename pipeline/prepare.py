@@ -7,26 +7,17 @@ waits overlap decoding. Same rows in, same order out; a failure is marked in its
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
-from pipeline import schema
+from pipeline import contain, schema
 from pipeline.checkpoint import PreprocessSpec
-from pipeline.decode import DecodeLimits, decode
+from pipeline.decode import DecodeLimits
 from pipeline.errors import FailureKind, ImageError
 from pipeline.fetch import fetch
-from pipeline.image_stats import ImageStats, image_stats
-from pipeline.preprocess import preprocess
+from pipeline.picture import Facts, Recipe
 from pipeline.storage import ObjectInfo, Store
-
-
-class _Picture(NamedTuple):
-    size_px: tuple[int, int]
-    stats: ImageStats | None
 
 
 def prepare_unit(
@@ -83,7 +74,8 @@ def prepare_encoded(
     Every row of `objects` must come; where one comes twice, the last holds.
     """
     pixels = np.empty((len(objects), spec.input_px, spec.input_px, 3), np.uint8)
-    results: dict[int, _Picture | ImageError] = {}
+    results: dict[int, Facts | ImageError] = {}
+    child = contain.child_of(Recipe(spec=spec, limits=limits, has_stats=has_stats))
     busy_s = 0.0
     for row, data in encoded:
         if isinstance(data, ImageError):
@@ -91,24 +83,14 @@ def prepare_encoded(
             continue
         started_s = time.perf_counter()
         try:
-            image = decode(data, limits)
-            pixels[row] = _preprocess(image, spec)
-            results[row] = _Picture(image.size, image_stats(data, image, pixels[row]) if has_stats else None)
+            pixels[row], results[row] = child.make_picture(data)
         except ImageError as error:
             results[row] = error
         busy_s += time.perf_counter() - started_s
     return _decoded(objects, [results[row] for row in range(len(objects))], pixels), busy_s
 
 
-def _preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    try:
-        return preprocess(image, spec)
-    except MemoryError as error:
-        message = f"memory ran out while resizing {image.width}x{image.height} pixels"
-        raise ImageError(FailureKind.DECODE_OOM, message, stage="decode") from error
-
-
-def _decoded(objects: pa.Table, results: list[_Picture | ImageError], pixels: np.ndarray) -> pa.Table:
+def _decoded(objects: pa.Table, results: list[Facts | ImageError], pixels: np.ndarray) -> pa.Table:
     pictures = [None if isinstance(result, ImageError) else result for result in results]
     failures = [result if isinstance(result, ImageError) else None for result in results]
     stats = [picture and picture.stats for picture in pictures]

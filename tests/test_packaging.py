@@ -60,6 +60,8 @@ ORDER = (
         "decode",
         "preprocess",
         "image_stats",
+        "picture",
+        "contain",
         "prepare",
         "canary",
         "model",
@@ -69,8 +71,8 @@ ORDER = (
     *("view", "changes", "snapshot", "sheet", "capability"),
     *("engine", "dataset", "progress", "request", "heartbeat", "run"),
     *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
-    *("export_lance", "export"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
+    *("export_lance", "export"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""

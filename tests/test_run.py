@@ -1,7 +1,9 @@
 """The job from end to end: a real head, a real bucket, the project's own checkpoint, drawn and broken pictures."""
 
+import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +36,10 @@ def labeled(head: Head, pictures: str) -> str:
     boto3.client("s3").create_bucket(Bucket="results")
     output = "s3://results/labels"
     job = ["python", "jobs/label_bucket.py", "--input", pictures, "--output", output, "--model", "demo"]
-    done = head.submit("--", *job)
+    done = head.submit("--", *job, "--image-stats")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "exit code 0: published run 00000001-" in done.stdout
+    assert re.search(r"limit: \w+ \(model waits \d+%, storage \d+% of preparing, [\d.]+ MB/s\)", done.stdout)
     return output
 
 
@@ -57,6 +60,11 @@ def test_a_submitted_job_accounts_for_every_object_of_a_bucket(labeled: str, pic
     }
     assert report["counts"] == entry["counts"]
     assert report["exit_code"] == 0
+    assert report["store"] == dict.fromkeys(
+        ("creates_once", "notices_changes", "lists_what_it_wrote", "etag_is_md5"), True
+    )
+    assert report["bottleneck"]["stage"] in ("starting", "model", "decoding", "storage")
+    assert report["bottleneck"]["storage_bytes_per_s"] > 0
     kinds = failures["failure_kind"].value_counts().to_pylist()
     assert entry["failures"] == {each["values"]: each["counts"] for each in kinds}
 
@@ -79,6 +87,7 @@ def test_no_label_or_vector_ever_belongs_to_a_neighbour(labeled: str, pictures: 
     assert len(rows) > 150
     for row in rows:
         data = published.read(pictures, row["uri"].removeprefix(f"{pictures}/"))
+        assert row["sha256"] == hashlib.sha256(data).hexdigest()
         pixels = processor(Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             tokens = network.deit(pixels).last_hidden_state
@@ -117,6 +126,7 @@ def test_a_second_night_labels_only_what_is_new_or_changed_and_records_what_is_g
     assert entry["counts"]["unchanged"] == NUM_IMAGES - 2
     assert (entry["counts"]["labeled"], entry["counts"]["deleted"]) == (2, 1)
     rows = [row for row in published.table(labeled, "labels").to_pylist() if row["run_seq"] == 2]
+    assert [row["sha256"] for row in rows] == [None, None]  # this night did not ask for it
     assert [row["uri"] for row in rows] == sorted([f"{pictures}/{changed}", f"{pictures}/new/a b+c#%2Fé.png"])
     assert [row["uri"] for row in published.table(labeled, "deletions").to_pylist()] == [f"{pictures}/{gone}"]
 

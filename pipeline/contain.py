@@ -1,0 +1,181 @@
+"""The same picture, made in a child process that may crash, hang or grow: it takes only the guilty image with it.
+
+In: encoded bytes, one image at a time. Out: what `picture.make_picture` gives, or an ImageError that says how the child
+ended. A module of its own because a codec cannot be stopped from within: a segmentation fault or an endless loop would
+end or block the worker, and the engine would try the same unit again for ever.
+
+The child is a program of its own (no fork: locks and clients of the worker must not be copied), lives as long as the
+worker does, and is told its limits by the kernel: address space, processor time per image, no core files.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import FailureKind, ImageError
+from pipeline.image_stats import ImageStats
+from pipeline.picture import Facts, Recipe, make_picture
+
+# A child for every core: one thread each, which also reserve address space of their own.
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+MAX_START_S = 300
+_PROGRAM = "import sys; from pipeline import contain; contain.serve(int(sys.argv[1]))"
+
+
+class Child:
+    """A process that makes pictures of one recipe, started anew after each image that ends it.
+
+    Not for several threads at once. Ends with the worker: at the end of its input, or, in the middle of an image, at
+    its limit of processor time.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe, self._limits = recipe, recipe.limits
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._num_sent = 0
+
+    def make_picture(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
+        """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_timeout or decode_oom."""
+        pipe = self._started()
+        try:
+            self._num_sent += 1
+            pipe.send_bytes(data)
+            facts = _facts(pipe.recv_bytes(), self._num_sent)
+            edge_px = self._recipe.spec.input_px
+            pixels = np.empty((edge_px, edge_px, 3), np.uint8)
+            pipe.recv_bytes_into(pixels.reshape(-1).data)
+            return pixels, facts
+        except BlockingIOError:
+            self.close()
+            message = f"decoding took longer than {self._limits.max_wall_s:g} s"
+            raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise self._ending() from None
+        except ImageError:
+            raise
+        except BaseException:
+            self.close()  # what is left of this answer must not be read as that of the next image
+            raise
+
+    def close(self) -> None:
+        """End the child at once; the next image starts another."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._pipe = None
+
+    __del__ = close
+
+    def _started(self) -> Connection:
+        if self._pipe is None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            ours.settimeout(MAX_START_S)
+            ours.recv(1)  # it is there: how long that takes is no property of an image
+            ours.settimeout(None)
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # then BlockingIOError, also in the middle of bytes
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *_timeval(self._limits.max_wall_s)))
+            self._pipe = Connection(ours.detach())
+            self._pipe.send_bytes(pickle.dumps(self._recipe))
+            self._num_sent = 0
+        return self._pipe
+
+    def _ending(self) -> ImageError:
+        """Why the child is gone, as the failure of the image that it had."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        code = self._process.poll()
+        self.close()
+        if code == -signal.SIGXCPU:
+            kind, why = (
+                FailureKind.DECODE_TIMEOUT,
+                f"decoding took longer than {self._limits.max_cpu_s} s of processor time",
+            )
+        elif code == -signal.SIGKILL:
+            kind, why = FailureKind.DECODE_OOM, "decoding was killed, as a machine without memory does"
+        else:
+            kind = FailureKind.DECODE_CRASH
+            name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            why = f"the decoder crashed ({name})"
+        return ImageError(kind, why, stage="decode")
+
+
+@functools.lru_cache(maxsize=1)
+def child_of(recipe: Recipe) -> Child:
+    """The child of this worker: a worker makes pictures of one recipe, and starting a child takes half a second."""
+    return Child(recipe)
+
+
+def serve(fileno: int) -> None:
+    """The child's program: pictures until the end of input."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.write(fileno, b"!")
+    with Connection(fileno) as pipe, contextlib.suppress(EOFError):
+        recipe: Recipe = pickle.loads(pipe.recv_bytes())
+        _limit_address_space(recipe.limits.max_address_bytes)
+        for number in itertools.count(1):
+            data = pipe.recv_bytes()
+            _limit_cpu_time(recipe.limits.max_cpu_s)
+            try:
+                pixels, facts = make_picture(data, recipe)
+            except ImageError as error:
+                pipe.send_bytes(_json(number=number, kind=error.kind, message=str(error)))
+                continue
+            pipe.send_bytes(_json(number=number, size_px=facts.size_px, stats=facts.stats))
+            pipe.send_bytes(pixels.reshape(-1).data)  # flat: a connection counts rows, not bytes
+
+
+def _json(**values: object) -> bytes:
+    return json.dumps(values).encode()
+
+
+def _facts(answer: bytes, number: int) -> Facts:
+    """What the child says of a picture. JSON: a child that an image has taken over must not reach the worker."""
+    values = json.loads(answer)
+    if values["number"] != number:
+        raise ValueError(f"expected the decoder's answer to image {number}, found that to image {values['number']}")
+    if "kind" in values:
+        raise ImageError(FailureKind(values["kind"]), str(values["message"]), stage="decode")
+    width_px, height_px = map(int, values["size_px"])
+    return Facts((width_px, height_px), values["stats"] and ImageStats(*values["stats"]))
+
+
+def _limit_address_space(max_bytes: int) -> None:
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + max_bytes, hard))
+
+
+def _timeval(seconds: float) -> tuple[int, int]:
+    return int(seconds), int(seconds % 1 * 1e6)
+
+
+def _limit_cpu_time(max_s: int) -> None:
+    # The limit is on the process's whole time, so it moves. At the soft one the kernel sends SIGXCPU, which ends it.
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + max_s, hard))

@@ -1,0 +1,158 @@
+"""A child that crashes, hangs or grows takes only the guilty image with it."""
+
+import io
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import images
+import numpy as np
+import pytest
+from checkpoints import squash_spec
+from PIL import Image
+
+from pipeline.contain import Child
+from pipeline.decode import DEFAULT_LIMITS, DecodeLimits
+from pipeline.errors import FailureKind, ImageError
+from pipeline.picture import Recipe, make_picture
+
+RECIPE = Recipe(spec=squash_spec(24), limits=DEFAULT_LIMITS, has_stats=True)
+GOOD = images.samples()["rgb.png"] if "rgb.png" in images.samples() else next(iter(images.samples().values()))
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    child = Child(RECIPE)
+    yield child
+    child.close()
+
+
+def child_with(limits: DecodeLimits) -> Child:
+    return Child(replace(RECIPE, limits=limits))
+
+
+def large(edge_px: int) -> bytes:
+    """A picture that takes long to decode, in few bytes."""
+    sink = io.BytesIO()
+    Image.new("RGB", (edge_px, edge_px)).save(sink, "PNG", compress_level=1)
+    return sink.getvalue()
+
+
+def kind_of(child: Child, data: bytes) -> FailureKind:
+    with pytest.raises(ImageError) as caught:
+        child.make_picture(data)
+    assert caught.value.stage == "decode"
+    return caught.value.kind
+
+
+def check_it_still_works(child: Child) -> None:
+    pixels, facts = child.make_picture(GOOD)
+    expected, expected_facts = make_picture(GOOD, child._recipe)
+    np.testing.assert_array_equal(pixels, expected)
+    assert facts == expected_facts
+
+
+def _kill(pid: int, number: signal.Signals) -> None:
+    os.kill(pid, number)
+    os.kill(pid, signal.SIGCONT)
+
+
+def pid_of(child: Child) -> int:
+    assert child._process is not None
+    return child._process.pid
+
+
+def test_every_sample_gives_what_it_gives_without_a_child(child: Child) -> None:
+    for name, data in {**images.samples(), "broken.jpg": b"\xff\xd8\xff", "empty": b"", "text": b"text"}.items():
+        refused: ImageError | None = None
+        try:
+            expected = make_picture(data, RECIPE)
+        except ImageError as error:
+            refused = error
+        if refused is not None:
+            with pytest.raises(ImageError, match=f"^{re.escape(str(refused))}$") as caught:
+                child.make_picture(data)
+            assert caught.value.kind is refused.kind, name
+            continue
+        pixels, facts = child.make_picture(data)
+        np.testing.assert_array_equal(pixels, expected[0], err_msg=name)
+        assert facts == expected[1], name
+
+
+def test_one_child_makes_many_pictures(child: Child) -> None:
+    check_it_still_works(child)
+    first = pid_of(child)
+    for _ in range(20):
+        check_it_still_works(child)
+    assert pid_of(child) == first
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_OOM)]
+)
+def test_a_child_that_dies_is_the_failure_of_the_image_that_it_had(
+    child: Child, number: signal.Signals, kind: FailureKind
+) -> None:
+    check_it_still_works(child)
+    victim = pid_of(child)
+    os.kill(victim, signal.SIGSTOP)  # so that it has the image, and has not answered
+    threading.Timer(0.2, _kill, (victim, number)).start()
+    assert kind_of(child, GOOD) is kind
+    check_it_still_works(child)
+    assert pid_of(child) != victim
+
+
+def test_a_child_that_hangs_is_ended_at_the_wall_clock_and_so_is_one_that_does_not_even_read() -> None:
+    child = child_with(replace(DEFAULT_LIMITS, max_wall_s=0.5))
+    for data in (GOOD, bytes(20 * 2**20)):  # more than the pipe takes
+        with pytest.raises(ImageError, match="found 0 bytes"):  # which starts it
+            child.make_picture(b"")
+        os.kill(pid_of(child), signal.SIGSTOP)
+        started_s = time.monotonic()
+        assert kind_of(child, data) is FailureKind.DECODE_TIMEOUT
+        assert time.monotonic() - started_s < 10
+    child._limits = DEFAULT_LIMITS
+    check_it_still_works(child)
+    child.close()
+
+
+def test_an_image_that_takes_too_much_processor_time_is_ended_by_the_kernel() -> None:
+    child = child_with(replace(DEFAULT_LIMITS, max_cpu_s=0, max_pixels=200_000_000))
+    slow = large(12_000)
+    assert kind_of(child, slow) is FailureKind.DECODE_TIMEOUT
+    check_it_still_works(child)
+    child.close()
+
+
+def test_an_image_that_takes_too_much_memory_is_its_own_failure() -> None:
+    child = child_with(replace(DEFAULT_LIMITS, max_address_bytes=2**27))
+    check_it_still_works(child)
+    first = pid_of(child)
+    assert kind_of(child, large(6500)) is FailureKind.DECODE_OOM
+    check_it_still_works(child)
+    assert pid_of(child) == first  # it said so itself, and went on
+    child.close()
+
+
+def test_a_child_ends_when_its_worker_does(child: Child) -> None:
+    check_it_still_works(child)
+    pid = pid_of(child)
+    process = child._process
+    assert process is not None
+    assert child._pipe is not None
+    child._pipe.close()
+    process.wait(timeout=30)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_answer_to_another_image_is_never_taken(child: Child) -> None:
+    check_it_still_works(child)
+    child._num_sent += 1
+    with pytest.raises(ValueError, match="expected the decoder's answer to image"):
+        child.make_picture(GOOD)
+    check_it_still_works(child)
