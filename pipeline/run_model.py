@@ -19,8 +19,8 @@ from pipeline.storage import Store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that makes a label and a vector from a picture. Runs with equal recipes share a `Labeler`."""
+class Settings:
+    """Everything that makes a label and a vector from a picture. Runs with equal settings share a `Labeler`."""
 
     space_id: str
     model_id: str
@@ -33,11 +33,11 @@ class Recipe:
     top_k: int
 
 
-def recipe(metadata: Mapping[str, str], *, top_k: int) -> Recipe:
-    """The recipe that the metadata of a claim, or of a file's footer, describes."""
+def settings_of(metadata: Mapping[str, str], *, top_k: int) -> Settings:
+    """The settings that the metadata of a claim, or of a file's footer, describes."""
     values = {name.removeprefix("label_bucket."): value for name, value in metadata.items()}
     pooling: Any = values.get("embedding_pooling", "none")
-    return Recipe(
+    return Settings(
         space_id=values["space_id"],
         model_id=values["model_id"],
         model_revision=values["model_revision"],
@@ -64,8 +64,8 @@ def reported_name(output: Store, run_id: str) -> str | None:
     return str(report.config["model"]) if report is not None and "model" in report.config else None
 
 
-def find(wanted: Recipe, names: Iterable[str | None]) -> Checkpoint:
-    """The first checkpoint of these names that has the weights of the recipe.
+def find(wanted: Settings, names: Iterable[str | None]) -> Checkpoint:
+    """The first checkpoint of these names that has the wanted weights.
 
     Raises what is wrong with the first name: ConfigError if it is not to be had, ConflictError if another model lies
     there, with both named.
@@ -90,11 +90,11 @@ def find(wanted: Recipe, names: Iterable[str | None]) -> Checkpoint:
     raise errors[0]
 
 
-def labeler(wanted: Recipe, found: Checkpoint) -> Labeler:
-    """The model of a recipe, on CPU: a few pictures are not worth waiting for a GPU.
+def labeler(wanted: Settings, found: Checkpoint, *, batch_size: int | None = None) -> Labeler:
+    """The wanted model, on CPU: a few pictures are not worth waiting for a GPU. `batch_size` as in `Labeler`.
 
-    Raises ConfigError if this version decodes pictures in another way, and ConflictError if the recipe's parts do not
-    make its space.
+    Raises ConfigError if this version decodes pictures in another way, and ConflictError if the settings do not make
+    their space.
     """
     rules = str(decode.DECODE_RULES_VERSION)
     if wanted.decode_rules_version != rules:
@@ -113,4 +113,5 @@ def labeler(wanted: Recipe, found: Checkpoint) -> Labeler:
         top_k=wanted.top_k,
         device="cpu",
         precision=wanted.precision,
+        batch_size=batch_size,
     )

@@ -21,7 +21,7 @@ from pipeline.errors import TRANSIENT, ConfigError, ConflictError, SourceError
 from pipeline.label import Labeler
 from pipeline.log import Claim, FileRef
 from pipeline.prepare import prepare_unit
-from pipeline.run_model import Recipe
+from pipeline.run_model import Settings
 from pipeline.storage import Store
 from pipeline.verify_catalog import Candidate
 from pipeline.verify_files import Findings
@@ -64,7 +64,7 @@ def compare(
     """
     output, source = storage.connect(output_url), storage.connect(input_url)
     found = SampleFindings()
-    labelers: dict[Recipe, Labeler] = {}
+    labelers: dict[Settings, Labeler] = {}
     waiting = sorted(candidates)
     try:
         while waiting and found.num_compared < num_rows:
@@ -72,10 +72,10 @@ def compare(
             waiting = waiting[len(chunk) :]
             for run_seq, table in _rows(output, chunk):
                 claim = log.read_claim(output, run_seq)
-                recipe = _recipe(claim)
-                if recipe not in labelers:
-                    labelers[recipe] = _labeler(output, claim)
-                _compare_rows(source, recipe, labelers[recipe], table, found)
+                settings = _settings(claim)
+                if settings not in labelers:
+                    labelers[settings] = _labeler(output, claim)
+                _compare_rows(source, settings, labelers[settings], table, found)
         if labelers and canaries is not None:
             _compare_canaries(output, canaries, space_id, next(iter(labelers.values())), found)
     except ConfigError as error:
@@ -105,23 +105,23 @@ def _rows(output: Store, candidates: Sequence[Candidate]) -> Iterator[tuple[int,
         yield run_seq, pa.concat_tables(tables[run_seq]).combine_chunks()
 
 
-def _recipe(claim: Claim) -> Recipe:
-    return run_model.recipe(claim.metadata, top_k=claim.identity["top_k"])
+def _settings(claim: Claim) -> Settings:
+    return run_model.settings_of(claim.metadata, top_k=claim.identity["top_k"])
 
 
 def _labeler(output: Store, claim: Claim) -> Labeler:
     """The model of a run as it was then, where its report says that it was, else by its id."""
     try:
-        found = run_model.find(_recipe(claim), [run_model.reported_name(output, claim.run_id), claim.model_id])
+        found = run_model.find(_settings(claim), [run_model.reported_name(output, claim.run_id), claim.model_id])
     except (SourceError, ConflictError) as error:
         raise ConfigError(str(error)) from error  # what lies there now says nothing about the output
-    return run_model.labeler(_recipe(claim), found)
+    return run_model.labeler(_settings(claim), found)
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
-def _compare_rows(source: Store, recipe: Recipe, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
+def _compare_rows(source: Store, settings: Settings, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
     """Fetch, decode, preprocess and label the rows' objects, and compare what comes out with the rows."""
     limits = DecodeLimits(
         max_bytes=max(table.column("size_bytes").to_pylist()),
@@ -132,9 +132,9 @@ def _compare_rows(source: Store, recipe: Recipe, labeler: Labeler, table: pa.Tab
             )
         ),
     )
-    decoded, _ = prepare_unit(source, _objects(table, source.root), recipe.spec, limits, deadline_s=_DEADLINE_S)
+    decoded, _ = prepare_unit(source, _objects(table, source.root), settings.spec, limits, deadline_s=_DEADLINE_S)
     again = labeler(decoded)
-    allowed = MAX_SCORE_DIFFERENCE[recipe.precision]
+    allowed = MAX_SCORE_DIFFERENCE[settings.precision]
     for row, fresh in zip(table.to_pylist(), again.to_pylist(), strict=True):
         if fresh["failure_kind"] in TRANSIENT:
             found.num_passed_by += 1
