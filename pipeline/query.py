@@ -6,7 +6,6 @@ the only part of a search that needs a model, and torch.
 
 import io
 import json
-import posixpath
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from PIL import Image
 from pipeline import decode, run_model, schema, storage
 from pipeline.errors import ConfigError
 from pipeline.prepare import prepare_encoded
-from pipeline.run_model import Recipe
+from pipeline.run_model import Settings
 
 Vector = npt.NDArray[np.float32]
 _NPY = b"\x93NUMPY"
@@ -36,15 +35,20 @@ class Picture(NamedTuple):
 
 def read(path_or_url: str) -> bytes:
     """The bytes of one object: a local path or any URL that fsspec can open. Raises as storage does."""
-    is_url = "://" in path_or_url
-    folder, name = posixpath.split(path_or_url) if is_url else (str(Path(path_or_url).parent), Path(path_or_url).name)
-    if not name or folder.endswith(":/"):
+    scheme, separator, rest = path_or_url.partition("://")
+    if separator and scheme not in ("file", "local"):
+        folder, _, name = rest.rpartition("/")
+        folder = folder and f"{scheme}://{folder}"
+    else:
+        path = Path(rest if separator else path_or_url)
+        folder, name = str(path.parent), path.name
+    if not folder or not name:
         raise ConfigError(f"expected the path or URL of a file, found {path_or_url}")
     return storage.connect(folder).get(name)
 
 
-def picture(path_or_url: str, wanted: Recipe, names: Iterable[str | None]) -> Picture:
-    """A picture through the recipe's decoding, preprocessing and model, which is looked for under these names.
+def picture(path_or_url: str, wanted: Settings, names: Iterable[str | None]) -> Picture:
+    """A picture through the wanted decoding, preprocessing and model, which is looked for under these names.
 
     Raises ConfigError, with the kind of failure, for a picture that would be a failure row; what `read`,
     `run_model.find` and `run_model.labeler` raise.

@@ -73,6 +73,7 @@ ORDER = (
     *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
     *("export_lance", "export"),
+    *("query", "leaders"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""
