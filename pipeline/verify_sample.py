@@ -5,26 +5,24 @@ worker only). It uses the stages of the job itself, with the settings that the r
 """
 
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import canary, catalog, checkpoint, decode, log, schema, storage
-from pipeline.checkpoint import Checkpoint, PreprocessSpec
+from pipeline import canary, catalog, log, run_model, schema, storage
 from pipeline.decode import DecodeLimits
 from pipeline.errors import TRANSIENT, ConfigError, ConflictError, SourceError
 from pipeline.label import Labeler
 from pipeline.log import Claim, FileRef
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
-from pipeline.progress import Report
+from pipeline.run_model import Settings
 from pipeline.storage import Store
 from pipeline.verify_catalog import Candidate
 from pipeline.verify_files import Findings
@@ -67,18 +65,20 @@ def compare(
     """
     output, source = storage.connect(output_url), storage.connect(input_url)
     found = SampleFindings()
-    labelers: dict[int, tuple[Claim, Labeler]] = {}
+    labelers: dict[Settings, Labeler] = {}
     waiting = sorted(candidates)
     try:
         while waiting and found.num_compared < num_rows:
             chunk = waiting[: min(_UNIT_ROWS, num_rows - found.num_compared)]
             waiting = waiting[len(chunk) :]
             for run_seq, table in _rows(output, chunk):
-                if run_seq not in labelers:
-                    labelers[run_seq] = _labeler(output, space_id, run_seq, list(labelers.values()))
-                _compare_rows(source, *labelers[run_seq], table, found)
+                claim = log.read_claim(output, run_seq)
+                settings = _settings(claim)
+                if settings not in labelers:
+                    labelers[settings] = _labeler(output, claim)
+                _compare_rows(source, settings, labelers[settings], table, found)
         if labelers and canaries is not None:
-            _compare_canaries(output, canaries, space_id, next(iter(labelers.values()))[1], found)
+            _compare_canaries(output, canaries, space_id, next(iter(labelers.values())), found)
     except ConfigError as error:
         found.skipped = str(error)
     except ConflictError as error:
@@ -106,86 +106,23 @@ def _rows(output: Store, candidates: Sequence[Candidate]) -> Iterator[tuple[int,
         yield run_seq, pa.concat_tables(tables[run_seq]).combine_chunks()
 
 
-# --- the model of a run -------------------------------------------------------------------------------------------
+def _settings(claim: Claim) -> Settings:
+    return run_model.settings_of(claim.metadata, top_k=claim.identity["top_k"])
 
 
-def _labeler(
-    output: Store, space_id: str, run_seq: int, known: Sequence[tuple[Claim, Labeler]]
-) -> tuple[Claim, Labeler]:
-    """The claim of a run, and its model as it was then; one for all runs that agree on it."""
-    claim = log.read_claim(output, run_seq)
-    for other, labeler in known:
-        if _settings(other) == _settings(claim):
-            return claim, labeler
-    rules = claim.metadata["label_bucket.decode_rules_version"]
-    if rules != str(decode.DECODE_RULES_VERSION):
-        raise ConfigError(
-            f"space {space_id} was decoded by rules {rules}, this version has {decode.DECODE_RULES_VERSION}"
-        )
-    found, spec, pooling = _find_model(output, claim), _spec(claim), _pooling(claim)
-    named = checkpoint.space_id(found, spec, pooling, decode_rules_version=decode.DECODE_RULES_VERSION)
-    if named[-8:] != space_id[-8:]:
-        raise ConflictError(f"run {claim.run_id}: expected its settings to make the space {space_id}, found {named}")
-    return claim, Labeler(
-        model=found.source,
-        revision=found.revision,
-        weights_digest=claim.metadata["label_bucket.weights_digest"],
-        spec=spec,
-        pooling=pooling,
-        top_k=claim.identity["top_k"],
-        device="cpu",
-        precision=_precision(claim),
-    )
-
-
-def _settings(claim: Claim) -> tuple[Any, ...]:
-    names = ("weights_digest", "preprocess", "compute_dtype", "embedding_pooling", "decode_rules_version")
-    return (claim.identity["top_k"], *(claim.metadata.get(f"label_bucket.{name}") for name in names))
-
-
-def _find_model(output: Store, claim: Claim) -> Checkpoint:
-    """The checkpoint of a run: where its report says that it was, else by its id. ConfigError if it is not there."""
-    names = dict.fromkeys([_reported_model(output, claim.run_id) or claim.model_id, claim.model_id])
-    reasons = []
-    for name in names:
-        try:
-            found = checkpoint.resolve(name, claim.model_revision)
-        except (ConfigError, SourceError) as error:
-            reasons.append(str(error))
-            continue
-        if found.weights_digest == claim.metadata["label_bucket.weights_digest"]:
-            return found
-        reasons.append(f"model {name}: has other weights than those of run {claim.run_id}")
-    raise ConfigError(reasons[0])
-
-
-def _reported_model(output: Store, run_id: str) -> str | None:
+def _labeler(output: Store, claim: Claim) -> Labeler:
+    """The model of a run as it was then, where its report says that it was, else by its id."""
     try:
-        report = Report.read(output, run_id)
-    except (ValueError, TypeError):
-        return None
-    return str(report.config["model"]) if report is not None and "model" in report.config else None
-
-
-def _spec(claim: Claim) -> PreprocessSpec:
-    values: dict[str, Any] = json.loads(claim.metadata["label_bucket.preprocess"])
-    lists = {name: tuple(each) for name, each in values.items() if isinstance(each, list)}  # JSON knows no tuples
-    return PreprocessSpec(**(values | lists))
-
-
-def _pooling(claim: Claim) -> checkpoint.Pooling:
-    found: Any = claim.metadata.get("label_bucket.embedding_pooling", "none")
-    return found  # type: ignore[no-any-return]
-
-
-def _precision(claim: Claim) -> Literal["fp32", "bf16"]:
-    return "bf16" if claim.metadata["label_bucket.compute_dtype"] == "bf16" else "fp32"
+        found = run_model.find(_settings(claim), [run_model.reported_name(output, claim.run_id), claim.model_id])
+    except (SourceError, ConflictError) as error:
+        raise ConfigError(str(error)) from error  # what lies there now says nothing about the output
+    return run_model.labeler(_settings(claim), found)
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
-def _compare_rows(source: Store, claim: Claim, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
+def _compare_rows(source: Store, settings: Settings, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
     """Fetch, decode, preprocess and label the rows' objects, and compare what comes out with the rows."""
     limits = DecodeLimits(
         max_bytes=max(table.column("size_bytes").to_pylist()),
@@ -196,10 +133,10 @@ def _compare_rows(source: Store, claim: Claim, labeler: Labeler, table: pa.Table
             )
         ),
     )
-    recipe = Recipe(spec=_spec(claim), limits=limits)
+    recipe = Recipe(spec=settings.spec, limits=limits)
     decoded, _ = prepare_unit(source, _objects(table, source.root), recipe, deadline_s=_DEADLINE_S)
     again = labeler(decoded)
-    allowed = MAX_SCORE_DIFFERENCE[_precision(claim)]
+    allowed = MAX_SCORE_DIFFERENCE[settings.precision]
     for row, fresh in zip(table.to_pylist(), again.to_pylist(), strict=True):
         if fresh["failure_kind"] in TRANSIENT:
             found.num_passed_by += 1

@@ -71,9 +71,10 @@ ORDER = (
     *("parts", "outcomes", "files", "drift", "publish"),
     *("view", "changes", "snapshot", "sheet", "capability"),
     *("engine", "dataset", "progress", "request", "heartbeat", "run"),
-    *("verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
+    *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
     *("export_lance", "export"),
+    *("query", "leaders"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""

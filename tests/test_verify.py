@@ -447,6 +447,12 @@ def test_a_model_that_is_not_here_is_skipped_unless_a_sample_was_asked_for(root:
         assert "FAILED" not in {each.status for each in checks}
         found = failed(copy.root, num_sample_rows=5, space_id=space_of(copy, 1), is_sample_required=True)
         assert set(found) == {f"sample {space_of(copy, 1)}"}
+        checkpoints.write_small(root / "a", seed=7)
+        checks = look(copy.root, num_sample_rows=5, space_id=space_of(copy, 1))
+        shutil.rmtree(root / "a")
+        assert [(each.status, "expected the model of space" in each.text) for each in checks[-1:]] == [
+            ("skipped", True)
+        ]
 
 
 @contextmanager
