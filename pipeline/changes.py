@@ -44,23 +44,23 @@ def since(
     Errors as `view.rows_of`.
     """
     deleted = _deleted(output, state, current, run_seq)
+    fields = view.fields_of(current, columns)
     num_done = 0
     for ref in metered(current.catalog, "reading files of the catalog", len(current.catalog)):
         table = catalog.read_table(output, ref)
-        uris = view.uris_of(current, table.column("key"))
+        uris = view.uris_of(current.root, table.column("key"))
         labeled = view.wanted_rows(table)
         is_failed = pc.and_(pc.greater(table.column("run_seq"), run_seq), pc.is_valid(table.column("failure_kind")))
         end = bisect_right(deleted, uris[-1].as_py())
+        newer = labeled.filter(pc.greater(labeled["run_seq"], run_seq))
         yield Change(
-            rows=view.rows_of(output, current, labeled.filter(pc.greater(labeled["run_seq"], run_seq)), columns),
+            rows=view.rows_of(output, current.labels, current.root, newer, fields),
             gone=_gone(uris, uris.filter(is_failed.combine_chunks()) if run_seq else uris[:0], deleted[num_done:end]),
             num_current=len(labeled),
         )
         num_done = end
     if num_done < len(deleted):  # behind the last key that there is
-        names = list(columns) if columns is not None else current.columns.names
-        empty = pa.schema([current.columns.field(name) for name in names]).empty_table()
-        yield Change(empty, pa.array(deleted[num_done:], pa.string()), 0)
+        yield Change(fields.empty_table(), pa.array(deleted[num_done:], pa.string()), 0)
 
 
 def _gone(uris: pa.Array, failed: pa.Array, deleted: list[str]) -> pa.Array:

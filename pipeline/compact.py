@@ -253,7 +253,7 @@ def _count(job: Job, item: pa.Table) -> pa.Table:
         rows = view.rows(output, job.current, ref, ["uri", "run_seq", "label_names"])
     else:
         wanted = view.wanted_rows(catalog.read_table(output, ref))
-        uris = view.uris_of(job.current, wanted.column("key"))
+        uris = view.uris_of(job.current.root, wanted.column("key"))
         rows = pa.table({"uri": uris, "run_seq": wanted.column("run_seq")})
     counts = Counter(partitions_of(job, rows))
     return pa.table(

@@ -8,7 +8,7 @@ never a bare glob. Neither Ray nor torch is needed.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,13 @@ class LabelFile(NamedTuple):
     """A file that holds rows of the view, among others."""
 
     ref: FileRef
-    run_seq: int | None
-    """The run whose rows it holds; None for a file of the snapshot, which has rows of many."""
+    first_seq: int
+    """It holds rows of the runs from this one on: one run, or for a file of the snapshot all that it covers."""
+    last_seq: int
+
+    def may_hold(self, run_seqs: Collection[int]) -> bool:
+        """Whether rows of one of these runs can be in it."""
+        return any(self.first_seq <= run_seq <= self.last_seq for run_seq in run_seqs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +84,8 @@ def resolve(output: Store, space_id: str | None = None, state: State | None = No
         catalog=catalog.files_of(output, newest),
         # Rows of runs that the snapshot covers are read from the snapshot alone, so no row has two places.
         labels=[
-            *(LabelFile(ref, None) for ref in (snapshot.labels if snapshot else ())),
-            *(LabelFile(ref, run.run_seq) for run in later for ref in run.labels),
+            *(LabelFile(ref, 1, through_seq) for ref in (snapshot.labels if snapshot else ())),
+            *(LabelFile(ref, run.run_seq, run.run_seq) for run in later for ref in run.labels),
         ],
     )
 
@@ -111,37 +116,43 @@ def batches(output: Store, space_id: str | None = None, columns: Sequence[str] |
 
 def rows(output: Store, current: View, ref: FileRef, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of the view whose keys are in one file of its catalog, in key order. Errors as `rows_of`."""
-    return rows_of(output, current, wanted_rows(catalog.read_table(output, ref)), columns)
+    wanted = wanted_rows(catalog.read_table(output, ref))
+    return rows_of(output, current.labels, current.root, wanted, fields_of(current, columns))
 
 
-def rows_of(output: Store, current: View, wanted: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of the view that `wanted` names, some of `wanted_rows` in key order; in this order.
+def fields_of(current: View, columns: Sequence[str] | None) -> pa.Schema:
+    """Some columns of the view in this order, or all."""
+    return current.columns if columns is None else pa.schema([current.columns.field(name) for name in columns])
 
-    Raises ConflictError for a label file that is gone or another one, and for a key that the catalog calls labeled
-    while no file has its row, or two have it.
+
+def rows_of(
+    output: Store, labels: Sequence[LabelFile], root: str, wanted: pa.Table, fields: pa.Schema, *, what: str = "catalog"
+) -> pa.Table:
+    """The rows of `wanted` (key, run_seq; in key order) that these files hold, as a table of `fields` in this order.
+
+    Files that can hold none of them are not read. Raises ConflictError for a label file that is gone, another one or of
+    other types, and for a row that no file has, or two have; `what` says that it must be there.
     """
-    names = list(columns) if columns is not None else current.columns.names
-    found = pa.schema([current.columns.field(name) for name in names]).empty_table()
+    found = fields.empty_table()
     if not len(wanted):
         return found
     first_key, last_key = (wanted.column("key")[place].as_py() for place in (0, -1))
-    uris = uris_of(current, wanted.column("key"))
+    uris = uris_of(root, wanted.column("key"))
     run_seqs = wanted.column("run_seq").combine_chunks()
     present = set(run_seqs.unique().to_pylist())
     pieces, places = [], []
-    for each in current.labels:
-        is_present = each.run_seq in present if each.run_seq is not None else _covers(current.snapshot, present)
-        if is_present and each.ref.first_key <= last_key and each.ref.last_key >= first_key:
-            piece = _read(output, each.ref, sorted({*names, "uri", "run_seq"}), uris[0].as_py(), uris[-1].as_py())
+    for each in labels:
+        if each.may_hold(present) and each.ref.first_key <= last_key and each.ref.last_key >= first_key:
+            piece = _read(output, each.ref, fields, uris[0].as_py(), uris[-1].as_py())
             place = pc.index_in(piece.column("uri").combine_chunks(), value_set=uris)
             # Null where the uri is not wanted, and so is then the comparison: such a row is left out.
             is_wanted = pc.equal(run_seqs.take(place), piece.column("run_seq"))
-            pieces.append(piece.filter(is_wanted).select(names))
+            pieces.append(piece.filter(is_wanted).select(fields.names))
             places.append(place.filter(is_wanted.combine_chunks()))
     order = pa.concat_arrays(places) if places else pa.array([], pa.int32())
-    _check_places(output, order, uris, run_seqs)
+    _check_places(output, order, uris, run_seqs, what)
     if pieces:
-        found = pa.concat_tables(pieces).cast(found.schema)
+        found = pa.concat_tables(pieces).cast(fields)
     is_sorted = len(order) < 2 or pc.all(pc.less(order[:-1], order[1:])).as_py()
     return found if is_sorted else found.take(pc.array_sort_indices(order))
 
@@ -151,35 +162,45 @@ def wanted_rows(outcomes: pa.Table) -> pa.Table:
     return outcomes.filter(pc.is_null(outcomes.column("failure_kind"))).select(["key", "run_seq"])
 
 
-def uris_of(current: View, keys: pa.ChunkedArray) -> pa.Array:
-    """The uri of each key."""
-    return pc.binary_join_element_wise(pa.scalar(current.root), keys.combine_chunks(), "/")
+def uris_of(root: str, keys: pa.ChunkedArray) -> pa.Array:
+    """The uri of each key below an input."""
+    return pc.binary_join_element_wise(pa.scalar(root), keys.combine_chunks(), "/")
 
 
-def _covers(snapshot: Entry | None, run_seqs: set[int]) -> bool:
-    return snapshot is not None and min(run_seqs) <= snapshot.through_seq
-
-
-def _read(output: Store, ref: FileRef, names: list[str], first_uri: str, last_uri: str) -> pa.Table:
+def _read(output: Store, ref: FileRef, fields: pa.Schema, first_uri: str, last_uri: str) -> pa.Table:
     data = catalog.read_file(output, ref)
-    found = schema.version_of(pq.read_schema(io.BytesIO(data)))
+    file_schema = pq.read_schema(io.BytesIO(data))
+    found = schema.version_of(file_schema)
     if found != schema.SCHEMA_VERSION:
         raise ConflictError(
             f"{output.root}/{ref.key}: expected schema version {schema.SCHEMA_VERSION}, found {found}; use the version"
             " of this program that wrote it"
         )
+    _check_types(f"{output.root}/{ref.key}", file_schema, fields)
     between = (pc.field("uri") >= first_uri) & (pc.field("uri") <= last_uri)  # skips row groups by their statistics
+    names = sorted({*fields.names, "uri", "run_seq"})
     return pq.read_table(io.BytesIO(data), columns=names, filters=between)
 
 
-def _check_places(output: Store, found: pa.Array, uris: pa.Array, run_seqs: pa.Array) -> None:
+def _check_types(where: str, found: pa.Schema, wanted: pa.Schema) -> None:
+    """Raise ConflictError for a column that would only fit if it was converted, or is not there."""
+    for each in wanted:
+        types = [found.field(place).type for place in found.get_all_field_indices(each.name)]
+        if types != [each.type]:
+            raise ConflictError(
+                f"{where}: expected one column {each.name} of type {each.type}, found"
+                f" {', '.join(map(str, types)) or 'none'}; restore the file"
+            )
+
+
+def _check_places(output: Store, found: pa.Array, uris: pa.Array, run_seqs: pa.Array, what: str) -> None:
     """Raise ConflictError unless every uri has exactly one row."""
     is_missing = pc.invert(pc.is_in(pa.array(range(len(uris)), pa.int32()), value_set=found))
     missing = uris.filter(is_missing)
     if len(missing):
         run_seq = run_seqs.filter(is_missing)[0].as_py()
         raise ConflictError(
-            f"{output.root}: {len(missing):,} image(s) have no row in any label file, though the catalog says that"
+            f"{output.root}: {len(missing):,} image(s) have no row in any label file, though the {what} says that"
             f" they are labeled, first {missing[0].as_py()} by run {run_seq:08d}; restore the files of labels/ and"
             " snapshots/"
         )

@@ -160,7 +160,7 @@ def test_a_label_file_that_is_gone_is_named(several: Nights) -> None:
 
 def test_a_labeled_key_that_no_file_has_is_named_and_so_is_a_row_that_two_have(several: Nights) -> None:
     current = view.resolve(several.output, DEIT)
-    first = next(each for each in current.labels if each.run_seq == 1)
+    first = next(each for each in current.labels if each.first_seq == 1)
     cut = view.View(**{**vars(current), "labels": [each for each in current.labels if each is not first]})
     with pytest.raises(
         ConflictError, match=r"\d image\(s\) have no row in any label file, .* by run 00000001; restore"
