@@ -74,6 +74,8 @@ ORDER = (
     *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
     *("export_lance", "export"),
+    *("index_files", "index_vectors", "index_log", "index"),
+    *("index_recall", "index_encode", "index_cluster", "index_build", "index_update"),
     *("query", "leaders"),
     *("shapes", "draw"),
 )
@@ -212,7 +214,7 @@ def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
 
 
 def test_only_pipelines_and_what_silences_it_import_ray_data() -> None:
-    pipelines = {f"pipeline/{name}.py" for name in ("dataset", "compact", "answers")}
+    pipelines = {f"pipeline/{name}.py" for name in ("dataset", "compact", "answers", "index_cluster")}
     assert importers("ray.data") <= {*pipelines, "pipeline/engine.py"}
 
 
