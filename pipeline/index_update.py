@@ -46,7 +46,7 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
     SourceError for storage; ConflictError for damage, for recall below the floor, and where the index is of another
     output or was changed meanwhile.
     """
-    nights, store = storage.connect_output(options.input), storage.connect_output(options.output)
+    nights, store = storage.connect_output(options.input), storage.connect(options.output)
     state = log.read(nights)
     current = index_build.open_view(nights, options, state)
     newest = index_log.newest_of(index_log.read_log(store), current.space_id)

@@ -10,6 +10,7 @@ the one place where a key could become markup: everything is escaped here and no
 import base64
 import unicodedata
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,14 @@ from typing import NamedTuple
 import jinja2
 from PIL import Image
 
+from pipeline import decode
+from pipeline.errors import ImageError, SourceError
+from pipeline.storage import Store
+
 THUMBNAIL_PX = 160
 """Longest edge of a thumbnail."""
 _JPEG_QUALITY = 75
+_NUM_FETCHES = 8
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -56,6 +62,21 @@ def thumbnail(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def thumbnails(store: Store, uris: Sequence[str]) -> list[tuple[bytes | None, str]]:
+    """Thumbnails of objects below a store, or None and why there is none, in order; eight are fetched at once."""
+
+    def one(uri: str) -> tuple[bytes | None, str]:
+        try:
+            return thumbnail(decode.decode(store.get(uri[len(store.root) + 1 :]), decode.DEFAULT_LIMITS)), ""
+        except ImageError as error:
+            return None, f"{error.kind}: {error}"
+        except SourceError as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor(_NUM_FETCHES) as threads:
+        return list(threads.map(one, uris))
+
+
 def write(title: str, sections: Iterable[Section], note: str = "") -> str:
     """The page: `title` as its heading, `note` below it, then every section.
 
@@ -69,11 +90,12 @@ def write(title: str, sections: Iterable[Section], note: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "data_uri": _data_uri}
+    environment.filters |= {"shown": shown, "data_uri": _data_uri}
     return environment.get_template("sheet.html.j2").render(title=title, note=note, sections=list(sections))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A string in which nothing is hidden: control characters and marks that turn text as Python writes them."""
     return "".join(char.encode("unicode_escape").decode() if _is_hidden(char) else char for char in text)
 
 
