@@ -75,13 +75,13 @@ def normalize(url: str) -> str:
 
 
 def list_keys(store: Store, prefix: str) -> Iterator[str]:
-    """Keys below `prefix`; nothing for a local output that does not exist yet. A bucket must exist."""
+    """Keys below `prefix`; nothing where the folder does not exist yet. A bucket must exist."""
     try:
         for page in store.list_pages(prefix):
             for info in page:
                 yield info.key
     except AbsentError:
-        if not isinstance(store, LocalStore):
+        if isinstance(store, S3Store):
             raise
 
 
