@@ -35,16 +35,12 @@ def open_index(url: str, space_id: str | None = None, version: str | None = None
     """
     store = storage.connect(url)
     entries = index_log.read_log(store)
-    spaces = sorted({each.space_id for each in entries})
-    if not spaces:
+    if not entries:
         raise ConfigError(
             f"{store.root}: expected an index, found none announced; is this the --output of build_index?"
         )
-    if space_id is None and len(spaces) > 1:
-        raise ConfigError(f"{store.root}: expected the name of one of its spaces ({', '.join(spaces)}), found none")
-    if space_id is not None and space_id not in spaces:
-        raise ConfigError(f"{store.root}: expected one of its spaces ({', '.join(spaces)}), found {space_id}")
-    of_space = [each for each in entries if each.space_id == (space_id or spaces[0])]
+    chosen = view.choose_space(store.root, {each.space_id for each in entries}, space_id)
+    of_space = [each for each in entries if each.space_id == chosen]
     found = [each for each in of_space if version in (None, each.version)]
     if not found:
         names = ", ".join(each.version for each in of_space[-3:])
@@ -103,6 +99,13 @@ class Index:
                 found = index_vectors.merged(found, index_vectors.nearest(queries_QD, vectors_ND, ordinals_N, k), k)
         return found
 
+    def check_k(self, k: int) -> None:
+        """ConfigError for more answers than there are rows."""
+        if not 1 <= k <= self.info.num_rows:
+            raise ConfigError(
+                f"-k: expected 1 to {self.info.num_rows:,}, the rows of index {self.info.version}, found {k:,}"
+            )
+
     def _queries(self, vectors_QD: Floats, k: int) -> Floats:
         """The queries as unit vectors, if they are queries."""
         queries_QD = np.ascontiguousarray(vectors_QD, np.float32)
@@ -114,10 +117,7 @@ class Index:
         lengths_Q1 = np.linalg.norm(queries_QD.astype(np.float64), axis=1, keepdims=True)
         if not np.all((lengths_Q1 > 0) & np.isfinite(lengths_Q1)):
             raise ConfigError("expected queries that are finite and not zero, found others")
-        if not 1 <= k <= self.info.num_rows:
-            raise ConfigError(
-                f"-k: expected 1 to {self.info.num_rows:,}, the rows of index {self.info.version}, found {k:,}"
-            )
+        self.check_k(k)
         unit_QD: Floats = (queries_QD / lengths_Q1).astype(np.float32)
         return unit_QD
 
@@ -182,11 +182,6 @@ class Index:
         return table
 
     # --- true vectors ---------------------------------------------------------------------------------------------
-
-    def vector_of(self, uri: str) -> Floats:
-        """The true vector of a uri, as the labeling output has it: (D,). Errors as `ordinal_of`, `true_vectors`."""
-        vector: Floats = self.true_vectors([self.ordinal_of(uri)])[0]
-        return vector
 
     def true_vectors(self, ordinals: Ordinals | Sequence[int]) -> Floats:
         """The true vectors of these ordinals, in their order: (N, D).

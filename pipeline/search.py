@@ -75,10 +75,7 @@ def search(options: Options) -> Result:
     another model than the index's; SourceError for storage.
     """
     found = index.open_index(options.index, options.space, options.version)
-    if not 1 <= options.k <= found.info.num_rows:
-        raise ConfigError(
-            f"-k: expected 1 to {found.info.num_rows:,}, the rows of index {found.info.version}, found {options.k:,}"
-        )
+    found.check_k(options.k)
     name = f"{found.store.root}/{found.info.folder}"
     shared: dict[str, Any] = {"index_name": name, "input": found.info.source.input}
     if options.text_label is not None:
@@ -112,14 +109,11 @@ def search(options: Options) -> Result:
 
 def _picture(found: Index, options: Options, path_or_url: str) -> query.Picture:
     info = found.info
-    wanted = run_model.settings_of(info.facts, top_k=len(found.rows(_first(found))["label_names"][0]))
+    first = found.rows([info.rows[0].first_ordinal])
+    wanted = run_model.settings_of(info.facts, top_k=len(first["label_names"][0]))
     reported = run_model.reported_name(storage.connect(info.source.output), info.source.run_id)
     names = [options.model] if options.model is not None else [reported, info.model_id]
     return query.picture(path_or_url, wanted, names)
-
-
-def _first(found: Index) -> list[int]:
-    return [found.info.rows[0].first_ordinal]
 
 
 def _only(found: Index, image_id: int | None) -> int:

@@ -144,7 +144,7 @@ def test_the_truth_comes_from_the_labels_where_an_index_has_approximations(sever
     assert found_uris(found, queries(), 9, is_exhaustive=True) != nearest_uris(uris, queries(), 9)
     answers = found.exact(queries(), 9)
     assert [found.rows(row)["uri"].to_pylist() for row in answers.ordinals_QK] == nearest_uris(uris, queries(), 9)
-    assert np.array_equal(found.vector_of(uris[3]), true_vectors(uris)[3])
+    assert np.array_equal(found.true_vectors([found.ordinal_of(uris[3])])[0], true_vectors(uris)[3])
 
 
 @pytest.mark.parametrize("factory", ["exact", SQ8])
