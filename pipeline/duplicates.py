@@ -249,12 +249,12 @@ def _true_vectors(opened: Index, nodes: Ordinals) -> Iterator[Floats]:
     if not len(nodes):
         yield np.empty(shape, np.float32)
         return
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(buffering=0) as file:  # what a buffer holds would fail once more when it is closed
         for some in metered(_slices(opened, nodes), "reading vectors of candidates", len(nodes), size=len):
-            block = opened.true_vectors(some).astype(np.float32, copy=False).tobytes()
+            left = memoryview(opened.true_vectors(some).astype(np.float32, copy=False).tobytes())
             try:
-                file.write(block)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError as error:
                 raise SourceError(
                     f"{tempfile.gettempdir()}: expected room for {4 * shape[0] * shape[1] / 1e9:.1f} GB of vectors,"

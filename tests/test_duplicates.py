@@ -1,5 +1,6 @@
 """Duplicates of an index against brute force; who leads a group; what the files and the page say of them."""
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
@@ -139,7 +140,7 @@ def direction(number: int) -> list[float]:
 
 def turned(vector: list[float], degrees: float, seed: int = 0) -> list[float]:
     """A vector so far from another one; 5.7 degrees are a cosine of 0.995."""
-    away = np.random.default_rng(seed).normal(size=DIM)
+    away = np.random.default_rng([7, seed]).normal(size=DIM)
     away -= np.dot(away, vector) * np.asarray(vector)
     angle = np.radians(degrees)
     return unit(np.cos(angle) * np.asarray(vector) + np.sin(angle) * away / np.linalg.norm(away))
@@ -379,7 +380,7 @@ def test_an_output_holds_the_duplicates_of_one_index_and_threshold(case: Case) -
 
 def test_a_full_local_disk_is_said(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.publish(families(1, 3))
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda: Path("/dev/full").open("w+b"))
+    monkeypatch.setattr("tempfile.TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
     with pytest.raises(SourceError, match=r"expected room for 0.0 GB of vectors, found OSError: .*set TMPDIR"):
         case.find()
 
