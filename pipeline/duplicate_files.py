@@ -266,7 +266,7 @@ def _num_groups(groups: pa.Table) -> int:
 
 def _section(rows: Sequence[dict[str, Any]], num_rows: int, pictures: Sequence[tuple[bytes | None, str]]) -> Section:
     tiles = [
-        Tile(row["uri"], *picture, lines=list(_lines(row)), score=row["cosine"])
+        Tile(row["uri"], *picture, lines=list(_lines(row)), score=None if row["kind"] == "leader" else row["cosine"])
         for row, picture in zip(rows, pictures, strict=True)
     ]
     note = f"{len(rows):,} of them are shown" if len(rows) < num_rows else ""

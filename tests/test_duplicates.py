@@ -65,12 +65,8 @@ class Case:
         )
 
     def find(self, output: str = "found", **changes: Any) -> str:
-        return find_duplicates(
-            Options(
-                **{"index": f"{self.folder}/index", "output": f"{self.folder}/{output}", "min_cosine": MIN_COSINE},
-                **changes,
-            )
-        )
+        wanted: dict[str, Any] = {"index": f"{self.folder}/index", "output": f"{self.folder}/{output}"}
+        return find_duplicates(Options(**{**wanted, "min_cosine": MIN_COSINE, **changes}))
 
     def read(self, name: str, output: str = "found") -> list[dict[str, Any]]:
         """The rows of all files of a kind; keys in place of uris."""
