@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from io import BytesIO
@@ -481,3 +483,31 @@ def test_duplicates_of_a_bucket_are_found_by_its_etags_and_written_to_it(
     assert set(case.edges("exact")) == {("a.png", "x/b.png")}
     assert case.said()["num_without_digest"] == 0
     assert Text(case.page()).num_pictures == 3
+
+
+# --- command ------------------------------------------------------------------------------------------------------
+
+
+def dups(*arguments: str) -> tuple[int, str]:
+    """Exit code and the last line of the command."""
+    command = [sys.executable, "jobs/search_images.py", "dups", *arguments]
+    root = Path(__file__).resolve().parent.parent
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr.splitlines()[-1]
+
+
+def test_command_says_by_its_exit_code_what_became_of_it(case: Case) -> None:
+    case.publish(families(3, 4))
+    where = ("--index", f"{case.folder}/index", "--output", f"{case.folder}/found")
+    code, said = dups(*where)
+    assert (code, said[:80]) == (0, f"search_images: exit code 0: wrote file://{case.folder}/found"[:80])
+    assert case.said()["min_cosine"] == MIN_COSINE
+    assert len(case.edges("near")) == len(case.true_pairs())
+    code, said = dups(*where, "--min-cosine", "0.9", "--sheet-groups", "0")
+    assert (code, said[:28]) == (5, "search_images: exit code 5: ")
+    assert dups("--index", f"{case.folder}/found", "--output", f"{case.folder}/x")[0] == 2
+    assert dups(*where, "--min-cosine", "2")[0] == 2
+    assert dups(*where, "--sheet-groups", "some")[0] == 2
+    for path in Path(f"{case.folder}/nights/labels").rglob("*.parquet"):
+        path.unlink()
+    assert dups(*where)[0] == 5
