@@ -11,7 +11,6 @@ A module of its own because this is what other programs and people read; how it 
 
 import itertools
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,19 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import decode, fetch, schema, sheet, storage
-from pipeline.errors import ConfigError, ConflictError, ImageError, SourceError
+from pipeline import schema, sheet, storage
+from pipeline.errors import ConflictError
 from pipeline.leaders import Floats, Ints, Pairs
-from pipeline.meter import metered
 from pipeline.sheet import Section, Tile
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import Store
 
 FILE_ROWS = 250_000
 """A file is one PUT, and in memory: some 30 MB, and 500 MB if all keys have the 1024 bytes that a key may have."""
 SHEET_TILES = 12
 """Pictures of a group that the page shows."""
-_DEADLINE_S = 30.0
-_log = logging.getLogger(__name__)
 
 ROWS = pa.schema(
     [
@@ -246,7 +242,7 @@ def _page(settings: Settings, groups: pa.Table, found: Duplicates, input_url: st
     borders = np.searchsorted(ids, np.arange(1, min(sheet_groups, num_groups) + 2)).tolist()
     spans = list(itertools.pairwise(borders))
     parts = [groups.slice(begin, min(end - begin, SHEET_TILES)).to_pylist() for begin, end in spans]
-    pictures = iter(_thumbnails(input_url, [row for part in parts for row in part]))
+    pictures = iter(sheet.thumbnails(input_url, [row for part in parts for row in part]))
     sections = [
         _section(part, end - begin, [next(pictures) for _ in part])
         for part, (begin, end) in zip(parts, spans, strict=True)
@@ -279,29 +275,3 @@ def _lines(row: dict[str, Any]) -> Iterator[str]:
     yield f"{row['label_name']} {row['label_score']:.3f}"
     if row["kind"] == "near" and row["phash_distance"] is not None:
         yield f"{row['phash_distance']} of 64 bits of the perceptual hash differ"
-
-
-def _thumbnails(input_url: str, rows: Sequence[dict[str, Any]]) -> list[tuple[bytes | None, str]]:
-    """Thumbnails of objects that still are those that were labeled, or None and why there is none."""
-    found: list[tuple[bytes | None, str]] = []
-    why = ""
-    try:
-        store = storage.connect(input_url)
-        objects = [ObjectInfo(row["uri"][len(input_url) + 1 :], row["size_bytes"], row["etag"], None) for row in rows]
-        limits = decode.DEFAULT_LIMITS
-        fetched = fetch.fetch(store, objects, max_image_bytes=limits.max_bytes, deadline_s=_DEADLINE_S)
-        for each in metered(fetched, "reading pictures", len(objects)):
-            found.append(_thumbnail(each))
-    except (SourceError, ConfigError) as error:  # none can be had, which is no reason to lose what was found
-        why = str(error)
-        _log.warning("the page lacks %s pictures: %s", f"{len(rows) - len(found):,}", why)
-    return found + [(None, why)] * (len(rows) - len(found))
-
-
-def _thumbnail(fetched: bytes | ImageError) -> tuple[bytes | None, str]:
-    try:
-        if isinstance(fetched, ImageError):
-            raise fetched
-        return sheet.thumbnail(decode.decode(fetched)), ""
-    except ImageError as error:
-        return None, f"{error.kind}: {error}"

@@ -23,7 +23,10 @@ from pipeline.index_vectors import Found, Ordinals
 from pipeline.query import Vector
 from pipeline.sheet import Section, Tile
 
-_ANSWER = ("uri", "image_id", "width_px", "height_px", "size_bytes", "label_names", "label_scores", "run_seq")
+_ANSWER = (
+    *("uri", "image_id", "etag", "size_bytes", "width_px", "height_px"),
+    *("label_names", "label_scores", "run_seq"),
+)
 _NUM_CLOSE_LABELS = 3
 
 
@@ -211,7 +214,7 @@ def as_page(result: Result) -> str:
         lines = [f"{name} {score:.3f}" for name, score in result.picture_labels]
         asked = Tile(result.question.removeprefix("images like "), sheet.thumbnail(result.picture), lines=lines)
         sections.append(Section("Searched with", "", [asked]))
-    pictures = sheet.thumbnails(storage.connect(result.input), [each["uri"] for each in result.answers])
+    pictures = sheet.thumbnails(result.input, result.answers)
     tiles = [
         Tile(
             each["uri"],
