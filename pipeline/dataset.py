@@ -28,7 +28,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import canary, engine, parts, plan, storage
 from pipeline.checkpoint import Pooling
 from pipeline.errors import ConfigError, LabelBucketError
-from pipeline.faults import crash_point
 from pipeline.label import Device, Labeler
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
@@ -192,7 +191,7 @@ def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Itera
                     del left[unit.unit_id]
                     yield unit
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                died = f"the process that looks after {num_left:,} units died on this node"
+                died = f"the process that looks after {num_left:,} unit(s) died on this node"
                 if len(left) == num_left:
                     raise LabelBucketError(
                         f"{died} before one was done; look for what killed it, such as memory; the same command resumes"
@@ -218,7 +217,6 @@ def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Itera
     """One wave in a process that ends with it, because the engine keeps memory of every task of a process for life."""
     with engine.errors():
         for row in build(task, resources, work).iter_rows():
-            crash_point("unit-done-in-wave")
             yield UnitSummary(**{**row, "failures": json.loads(row["failures"])})
 
 
