@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.checkpoint import PreprocessSpec
-from pipeline.decode import decode
+from pipeline.decode import DEFAULT_LIMITS
 from pipeline.errors import AbsentError, ConfigError, ConflictError
 from pipeline.log import FileRef
-from pipeline.preprocess import preprocess
+from pipeline.picture import Recipe, make_picture
 from pipeline.storage import Store
 
 Vectors = npt.NDArray[np.float32]
@@ -57,7 +57,8 @@ def canaries() -> list[Canary]:
 
 def pixels(spec: PreprocessSpec) -> list[npt.NDArray[np.uint8]]:
     """The images as the model's input, each uint8 (input_px, input_px, 3), through this process's codecs and resize."""
-    return [preprocess(decode(each.data), spec) for each in canaries()]
+    recipe = Recipe(spec=spec, limits=DEFAULT_LIMITS)
+    return [make_picture(each.data, recipe)[0] for each in canaries()]
 
 
 def vectors_of(

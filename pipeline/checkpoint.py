@@ -29,7 +29,7 @@ from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[a
 from pipeline import schema, storage
 from pipeline.errors import ConfigError
 
-PreprocessMode = Literal["checkpoint", "paper"]
+PreprocessMode = Literal["checkpoint", "paper", "fast"]
 Pooling = Literal["pooled", "cls", "distillation", "patch-mean", "none"]
 Architecture = Literal[
     "ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"

@@ -152,12 +152,22 @@ def decode(data: bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Image.Image:
 
     Warnings are silenced while it runs, through filters that belong to the process: use it from one thread.
     """
+    return decode_at_least(data, None, limits)[0]
+
+
+def decode_at_least(
+    data: bytes, edge_px: int | None, limits: DecodeLimits = DEFAULT_LIMITS
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `decode`, and the object's width and height; but a JPEG comes at a half, a quarter or an eighth of its size
+    (rounded up) as long as neither edge is shorter than `edge_px`: its codec then skips frequencies that a resize would
+    only remove. Every format in full if that is None.
+    """
     name = _admit(data, limits)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return _decode(data, name, limits)
+            return _decode(data, name, edge_px, limits)
     except ImageError:
         raise
     except Exception as error:
@@ -212,7 +222,7 @@ def _admit(data: bytes, limits: DecodeLimits) -> str:
     return name
 
 
-def _decode(data: bytes, name: str, limits: DecodeLimits) -> Image.Image:
+def _decode(data: bytes, name: str, edge_px: int | None, limits: DecodeLimits) -> tuple[Image.Image, tuple[int, int]]:
     image = _PLUGINS[name](BytesIO(data))
     width_px, height_px = image.size
     if width_px * height_px > limits.max_pixels:
@@ -225,10 +235,15 @@ def _decode(data: bytes, name: str, limits: DecodeLimits) -> Image.Image:
             FailureKind.BOMB_PIXELS,
             f"expected edges of at most {limits.max_edge_px} pixels, found {width_px}x{height_px} in {name}",
         )
+    if edge_px is not None and name == "JPEG":
+        image.draft(None, (edge_px, edge_px))
     image.load()
     rgb = _to_rgb(image)
-    turn = _UPRIGHT.get(_orientation(image))
-    return rgb if turn is None else rgb.transpose(turn)
+    orientation = _orientation(image)
+    turn = _UPRIGHT.get(orientation)
+    is_on_its_side = orientation >= 5 and turn is not None
+    size = (height_px, width_px) if is_on_its_side else (width_px, height_px)
+    return rgb if turn is None else rgb.transpose(turn), size
 
 
 def _orientation(image: Image.Image) -> int:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint import PreprocessSpec
-from pipeline.decode import DecodeLimits, decode
+from pipeline.decode import DecodeLimits, decode_at_least
 from pipeline.errors import FailureKind, ImageError
 from pipeline.image_stats import ImageStats, image_stats
-from pipeline.preprocess import preprocess
+from pipeline.preprocess import least_edge_px, preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class Facts(NamedTuple):
 
 def make_picture(data: bytes, recipe: Recipe) -> tuple[npt.NDArray[np.uint8], Facts]:
     """Pixels, uint8 (input_px, input_px, 3) in C order, and facts. Raises ImageError (stage `decode`), nothing else."""
-    image = decode(data, recipe.limits)
+    image, size_px = decode_at_least(data, least_edge_px(recipe.spec), recipe.limits)
     try:
-        pixels = preprocess(image, recipe.spec)
-        return pixels, Facts(image.size, image_stats(data, image, pixels) if recipe.has_stats else None)
+        pixels = preprocess(image, recipe.spec, size_px)
+        return pixels, Facts(size_px, image_stats(data, image, pixels) if recipe.has_stats else None)
     except MemoryError as error:
         message = f"memory ran out while resizing {image.width}x{image.height} pixels"
         raise ImageError(FailureKind.DECODE_OOM, message, stage="decode") from error

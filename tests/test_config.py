@@ -183,7 +183,7 @@ def test_glob_of_a_flag_or_a_json_list_keeps_its_characters(glob: str) -> None:
         (["--precision", "fp16"], "--precision: expected 'auto', 'fp32' or 'bf16', found 'fp16'"),
         (["--device", "gpu"], "--device: expected 'auto', 'cpu' or 'cuda', found 'gpu'"),
         (["--embedding", "mean"], "--embedding: expected 'pooled', 'cls'"),
-        (["--preprocess", "fast"], "--preprocess: expected 'checkpoint' or 'paper', found 'fast'"),
+        (["--preprocess", "quick"], "--preprocess: expected 'checkpoint', 'paper' or 'fast', found 'quick'"),
         (["--log-level", "LOUD"], "--log-level"),
         (["--run-date", "22.11.2026"], "--run-date: expected a date as YYYY-MM-DD, found '22.11.2026'"),
         (["--run-date", "1764000000"], "--run-date: expected a date as YYYY-MM-DD"),

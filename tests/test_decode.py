@@ -15,7 +15,7 @@ import pytest
 from images import BLUE, FORMATS, GRAY, GREEN, LOSSLESS, ORIENTED_FORMATS, RED
 from PIL import Image, ImageOps
 
-from pipeline.decode import DecodeLimits, decode, sniff
+from pipeline.decode import DecodeLimits, decode, decode_at_least, sniff
 from pipeline.errors import FailureKind, ImageError
 
 Color = tuple[int, int, int]
@@ -113,6 +113,17 @@ def test_orientation_agrees_with_pillow_for_every_place_it_is_stored_in(orientat
         expected = ImageOps.exif_transpose(Image.open(BytesIO(data)))
         assert decode(data).size == ((20, 12) if orientation < 5 else (12, 20))
         assert np.array_equal(np.asarray(decode(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("edge_px", "divisor"), [(None, 1), (301, 1), (300, 2), (151, 2), (150, 4), (75, 8), (8, 8)])
+def test_a_jpeg_is_decoded_to_no_less_than_was_asked_for_and_its_size_is_that_of_the_object(
+    orientation: int, edge_px: int | None, divisor: int
+) -> None:
+    data = images.encode_oriented(images.texture(801, 600), orientation, "JPEG")
+    image, size_px = decode_at_least(data, edge_px)
+    assert size_px == (801, 600)
+    assert image.size == (-(-801 // divisor), 600 // divisor)
 
 
 @pytest.mark.parametrize("name", ["JPEG", "PNG", "WebP"])

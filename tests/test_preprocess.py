@@ -1,4 +1,4 @@
-"""The model's input is, bit for bit, that of the Hugging Face processor, or that of the paper's evaluation."""
+"""The model's input is, bit for bit, what the Hugging Face processor or the paper's evaluation gives, or nearly so."""
 
 import json
 import time
@@ -14,9 +14,10 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from pipeline.checkpoint import PreprocessMode, PreprocessSpec
-from pipeline.decode import decode
+from pipeline.decode import DEFAULT_LIMITS, decode, decode_at_least
 from pipeline.errors import ConfigError
-from pipeline.preprocess import preprocess, spec_from_config
+from pipeline.picture import Recipe, make_picture
+from pipeline.preprocess import least_edge_px, preprocess, spec_from_config
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 # The text of facebook/deit-*'s files, and of fine-tunes made with ViT's feature extractor, as of 2021.
@@ -190,8 +191,33 @@ def test_paper_mode_keeps_the_aspect_ratio_and_checkpoint_mode_does_not() -> Non
     assert tuple(squashed[100, 200]) == images.BLUE
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["deit 2021", "deit 384 2021", "vit 2021", "shortest edge", "crop larger than the resize", "crop without resize"],
+)
+def test_fast_mode_gives_nearly_the_pixels_of_checkpoint_mode(name: str) -> None:
+    config, input_px = CONFIGS[name]
+    exact, fast = (
+        Recipe(spec=spec_from_config(config, mode=mode, input_px=input_px), limits=DEFAULT_LIMITS)
+        for mode in ("checkpoint", "fast")
+    )
+    num_scaled = 0
+    for index, path in enumerate(list(images.bundled_photos().values())[:4]):
+        photo = decode(path.read_bytes())
+        photo = photo.resize((photo.width * 4, photo.height * 4))
+        stored_as = ("JPEG", "JPEG", "PNG")[index % 3]
+        data = images.encode_oriented(photo, 1 + index % 8, stored_as)
+        expected, facts = make_picture(data, exact)
+        pixels, fast_facts = make_picture(data, fast)
+        assert fast_facts.size_px == facts.size_px == photo.size
+        assert pixels.shape == expected.shape
+        assert np.abs(pixels.astype(int) - expected).mean() < 1.5
+        num_scaled += decode_at_least(data, least_edge_px(fast.spec))[0].size != photo.size
+    assert num_scaled > 0 or fast.spec.resize == "none"
+
+
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
-@pytest.mark.parametrize("mode", ["checkpoint", "paper"])
+@pytest.mark.parametrize("mode", ["checkpoint", "paper", "fast"])
 def test_an_extremely_narrow_image_costs_little(size: tuple[int, int], mode: PreprocessMode) -> None:
     spec = spec_from_config(DEIT_384_2021, mode=mode, input_px=384)
     started = time.process_time()
