@@ -4,6 +4,7 @@ One head serves the whole test session, because starting one takes 10 to 20 s. I
 that its workers have that server's address in their environment, and ended by its process group, never by name.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -29,6 +30,16 @@ class Head:
     address: str
     dashboard_url: str
     environment: dict[str, str]
+    session: int
+    """That of every process it started."""
+
+    def processes(self, title: str) -> list[int]:
+        """Processes of this head whose command line begins with `title`: Ray writes there what a worker does."""
+        return processes(self.session, title)
+
+    def rss_bytes(self) -> int:
+        """Of its largest process."""
+        return max((_rss_bytes(pid) for pid in self.processes("")), default=0)
 
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
@@ -109,7 +120,7 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
     try:
         url = f"http://127.0.0.1:{dashboard_port}"
         _wait_until_answering(head, f"{url}/api/jobs/", environment["RAY_AUTH_TOKEN"])
-        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full)
+        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full, session=head.pid)
     finally:
         # Its session holds every process that it started; there is nothing in it to keep.
         os.killpg(head.pid, signal.SIGKILL)
@@ -123,6 +134,26 @@ def wait_until(is_true: Callable[[], bool], deadline_s: float = 120) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the condition did not hold within {deadline_s} s")
         time.sleep(0.05)
+
+
+def processes(session: int, title: str) -> list[int]:
+    """Running processes of a session whose command line begins with `title`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(its_session) == session and state not in "ZX":
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if command.startswith(title):
+                        found.append(int(folder.name))
+    return found
+
+
+def _rss_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int((Path("/proc") / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _wait_until_answering(head: "subprocess.Popen[str]", url: str, token: str) -> None:
