@@ -53,6 +53,7 @@ def _is_planned(output: str) -> bool:
     return any(key.endswith("/plan.json") for key in published.keys(output))
 
 
+@pytest.mark.slow
 def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     head: Head, source: str, model: str
 ) -> None:
@@ -122,6 +123,7 @@ def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abando
     assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
 
 
+@pytest.mark.slow
 def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
     assert len(uris) == len(set(uris)) == published.entries(output)[1]["counts"]["labeled"]
 
 
+@pytest.mark.slow
 def test_two_live_drivers_of_one_run_end_in_one_exact_result(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -158,6 +161,7 @@ def test_two_live_drivers_of_one_run_end_in_one_exact_result(
     )
 
 
+@pytest.mark.slow
 def test_a_narrower_night_deletes_nothing_that_exists_and_forgets_nothing_that_is_out_of_its_scope(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -223,6 +227,7 @@ def test_a_stopped_driver_says_so_and_the_same_command_resumes(
     assert published.entries(output)[0]["counts"]["listed"] == 300
 
 
+@pytest.mark.slow
 def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_continues_it(
     head: Head, model: str, tmp_path: Path
 ) -> None:
