@@ -63,9 +63,7 @@ def export_embeddings(options: Options) -> str:
     """
     nights = storage.connect_output(options.input)
     state = log.read(nights)
-    current = view.resolve(nights, options.space, state)
-    if "embedding" not in current.columns.names:
-        raise ConfigError(f"{nights.root}: space {current.space_id} has no embeddings; label with --embedding pooled")
+    current = view.resolve_embedded(nights, options.space, state)
     _check_since(options, nights, state)
     metadata = log.read_claim(nights, current.newest.run_seq).metadata
     if options.to == "lance":

@@ -9,6 +9,7 @@ truth: `true_vectors`, `exact`.
 """
 
 import functools
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -34,16 +35,12 @@ def open_index(url: str, space_id: str | None = None, version: str | None = None
     """
     store = storage.connect(url)
     entries = index_log.read_log(store)
-    spaces = sorted({each.space_id for each in entries})
-    if not spaces:
+    if not entries:
         raise ConfigError(
             f"{store.root}: expected an index, found none announced; is this the --output of build_index?"
         )
-    if space_id is None and len(spaces) > 1:
-        raise ConfigError(f"{store.root}: expected the name of one of its spaces ({', '.join(spaces)}), found none")
-    if space_id is not None and space_id not in spaces:
-        raise ConfigError(f"{store.root}: expected one of its spaces ({', '.join(spaces)}), found {space_id}")
-    of_space = [each for each in entries if each.space_id == (space_id or spaces[0])]
+    chosen = view.choose_space(store.root, {each.space_id for each in entries}, space_id)
+    of_space = [each for each in entries if each.space_id == chosen]
     found = [each for each in of_space if version in (None, each.version)]
     if not found:
         names = ", ".join(each.version for each in of_space[-3:])
@@ -102,6 +99,13 @@ class Index:
                 found = index_vectors.merged(found, index_vectors.nearest(queries_QD, vectors_ND, ordinals_N, k), k)
         return found
 
+    def check_k(self, k: int) -> None:
+        """ConfigError for more answers than there are rows."""
+        if not 1 <= k <= self.info.num_rows:
+            raise ConfigError(
+                f"-k: expected 1 to {self.info.num_rows:,}, the rows of index {self.info.version}, found {k:,}"
+            )
+
     def _queries(self, vectors_QD: Floats, k: int) -> Floats:
         """The queries as unit vectors, if they are queries."""
         queries_QD = np.ascontiguousarray(vectors_QD, np.float32)
@@ -113,10 +117,7 @@ class Index:
         lengths_Q1 = np.linalg.norm(queries_QD.astype(np.float64), axis=1, keepdims=True)
         if not np.all((lengths_Q1 > 0) & np.isfinite(lengths_Q1)):
             raise ConfigError("expected queries that are finite and not zero, found others")
-        if not 1 <= k <= self.info.num_rows:
-            raise ConfigError(
-                f"-k: expected 1 to {self.info.num_rows:,}, the rows of index {self.info.version}, found {k:,}"
-            )
+        self.check_k(k)
         unit_QD: Floats = (queries_QD / lengths_Q1).astype(np.float32)
         return unit_QD
 
@@ -145,28 +146,22 @@ class Index:
         for ref in self.info.rows:
             yield index_files.read_table(self.store, ref, columns)
 
-    def ordinals_where(
-        self, *, label: str | None = None, min_score: float | None = None, image_id: int | None = None
-    ) -> Ordinals:
-        """Ordinals, ascending, of the rows for which all holds that is given.
-
-        `label` is among the row's labels, and has `min_score` or more; without a label, the best one has.
-        """
-        found = [
-            np.asarray(table["ordinal"])[_selected(table, label, min_score, image_id)]
-            for table in self.all_rows(["ordinal", "image_id", "label_names", "label_scores"])
-        ]
-        return np.concatenate([np.empty(0, np.int64), *found])
-
     def ordinal_of(self, uri: str) -> int:
         """The ordinal of a uri; ConfigError if the index does not have it."""
+        neighbours: list[str] = []
         for ref in self.info.rows:
             if ref.first_uri <= uri <= ref.last_uri:
                 table = self._rows_of(ref)
                 place = pc.index(table["uri"], uri).as_py()
                 if place >= 0:
                     return int(table["ordinal"][place].as_py())
-        raise ConfigError(f"{uri}: expected a uri of index {self.info.version}, found none such; see its rows")
+                uris = sorted(table["uri"].to_pylist())
+                neighbours += uris[bisect_left(uris, uri) - 1 :][:2]
+        near = f"; the uris around it: {', '.join(sorted(neighbours)[:4])}" if neighbours else ""
+        raise ConfigError(
+            f"{uri}: expected a uri of index {self.info.version}, all of which are below {self.info.source.input}/,"
+            f" found none such{near}"
+        )
 
     def ordinals_of(self, uris: pa.Array) -> Ordinals:
         """The ordinals of those of these uris that the index has, in no order."""
@@ -187,11 +182,6 @@ class Index:
         return table
 
     # --- true vectors ---------------------------------------------------------------------------------------------
-
-    def vector_of(self, uri: str) -> Floats:
-        """The true vector of a uri, as the labeling output has it: (D,). Errors as `ordinal_of`, `true_vectors`."""
-        vector: Floats = self.true_vectors([self.ordinal_of(uri)])[0]
-        return vector
 
     def true_vectors(self, ordinals: Ordinals | Sequence[int]) -> Floats:
         """The true vectors of these ordinals, in their order: (N, D).
@@ -224,21 +214,3 @@ def as_vectors(table: pa.Table) -> Floats:
     flat = column.flatten().to_numpy(zero_copy_only=False)
     vectors_ND: Floats = flat.reshape(len(table), column.type.list_size)
     return vectors_ND
-
-
-def _selected(
-    table: pa.Table, label: str | None, min_score: float | None, image_id: int | None
-) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    is_selected = np.ones(len(table), bool)
-    if image_id is not None:
-        is_selected &= np.asarray(pc.equal(table["image_id"], image_id))
-    if label is None and min_score is None:
-        return is_selected
-    names, scores = table["label_names"].combine_chunks(), table["label_scores"].combine_chunks()
-    parents = np.asarray(pc.list_parent_indices(names))
-    is_hit = np.asarray(scores.flatten()) >= (-np.inf if min_score is None else min_score)
-    if label is not None:
-        is_hit &= np.asarray(pc.equal(names.flatten(), label))
-    has_hit = np.zeros(len(table), bool)
-    has_hit[parents[is_hit]] = True
-    return is_selected & has_hit

@@ -40,10 +40,10 @@ class Job:
     truth: Truth
     """The samples, of whose neighbours nothing is known."""
 
-    def first_ordinals(self) -> list[int]:
-        """Of each file of the catalog: no two files share an ordinal, and they ascend with the uris."""
-        numbers = [ref.num_rows for ref in self.current.catalog]
-        return [0, *np.cumsum(numbers, dtype=np.int64).tolist()][: len(numbers)]
+
+def first_ordinal(current: View, number: int) -> int:
+    """Of a file of the catalog: no two files share an ordinal, and they ascend with the uris."""
+    return sum(ref.num_rows for ref in current.catalog[:number])
 
 
 class Encoded(NamedTuple):
@@ -67,14 +67,14 @@ def in_this_process(job: Job, vectors: Vectors) -> Iterator[Encoded]:
 def encode_file(job: Job, vectors: Vectors, number: int) -> Iterator[Encoded]:
     """One file of the catalog. Errors as `view.rows_of` and `check_vectors`; SourceError for storage."""
     nights, store = storage.connect(job.nights_url), storage.connect(job.index_url)
-    current, first_ordinal = job.current, job.first_ordinals()[number]
+    current, first = job.current, first_ordinal(job.current, number)
     wanted = view.wanted_rows(catalog.read_table(nights, current.catalog[number]))
     fields = view.fields_of(current, [*FROM_LABELS, "embedding"])
     for piece, start in enumerate(range(0, len(wanted), SLICE_ROWS)):
         part = wanted.slice(start, SLICE_ROWS)
         table = view.rows_of(nights, current.labels, current.root, part, fields)
         vectors_ND = check_vectors(table, nights.root)
-        ordinals_N = np.arange(first_ordinal + start, first_ordinal + start + len(table))
+        ordinals_N = np.arange(first + start, first + start + len(table))
         yield Encoded(
             rows=write_rows(store, f"{job.folder}rows-{number:05d}-{piece:02d}.parquet", table, ordinals_N),
             codes=vectors.encode(vectors_ND),

@@ -19,7 +19,7 @@ from pipeline import index_log, index_vectors
 from pipeline.index_vectors import Floats, Found, Ordinals
 
 NUM_SAMPLES = 500
-"""0.97 is then known to within 0.004 (standard error of 5,000 neighbours, if they were independent)."""
+"""0.97 is then known to within 0.0024 (standard error of 5,000 neighbours, if they were independent)."""
 NUM_TRUE = 100
 """Of each sample. Ten times what recall needs, so that a list lasts until a fifth of the rows has gone."""
 DEPTH = 10

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import changes, index_build, index_files, index_log, index_recall, log, storage
+from pipeline import changes, index_build, index_files, index_log, index_recall, log, storage, view
 from pipeline.changes import Change
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.index import Index
-from pipeline.index_build import Draft, Options
+from pipeline.index_build import Draft, Options, gib
 from pipeline.index_encode import EncodeFiles, check_vectors, in_this_process, write_rows, write_rows_table
 from pipeline.index_log import FROM_LABELS, Announcement, Info, RowsFile
 from pipeline.index_vectors import Ordinals
@@ -46,14 +46,13 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
     SourceError for storage; ConflictError for damage, for recall below the floor, and where the index is of another
     output or was changed meanwhile.
     """
-    nights, store = storage.connect_output(options.input), storage.connect_output(options.output)
+    nights, store = storage.connect_output(options.input), storage.connect(options.output)
     state = log.read(nights)
-    current = index_build.open_view(nights, options, state)
+    current = view.resolve_embedded(nights, options.space, state)
     newest = index_log.newest_of(index_log.read_log(store), current.space_id)
-    if not options.update:
-        return index_build.build(nights, store, current, options, encode)
-    if newest is None:
+    if options.update and newest is None:
         _log.info("%s: no index of space %s yet, building one", store.root, current.space_id)
+    if not options.update or newest is None:
         return index_build.build(nights, store, current, options, encode)
     base = index_log.read_info(store, newest)
     if base.source.output != nights.root or base.source.run_seq > current.newest.run_seq:
@@ -68,7 +67,8 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
         return _update(nights, store, state, current, options, newest, base)
     except _AnewError as reason:
         _log.info("building anew: %s", reason)
-        return index_build.build(nights, store, current, options, encode)
+    # Only here, where the exception and with it the old index are no longer in memory.
+    return index_build.build(nights, store, current, options, encode)
 
 
 def _update(
@@ -77,14 +77,12 @@ def _update(
     started_s = time.perf_counter()
     if options.factory not in ("auto", base.factory):
         raise _AnewError(f"--factory is {options.factory}, version {base.version} has {base.factory}")
-    needed, allowed = (
-        index_build.estimate_bytes(base.factory, base.num_rows, base.dim),
-        index_build.max_memory_bytes(options),
-    )
-    if needed > allowed:
+    needed_bytes = index_build.estimate_bytes(base.factory, base.num_rows, base.dim)
+    allowed_bytes = index_build.max_memory_bytes(options)
+    if needed_bytes > allowed_bytes:
         raise ConfigError(
-            f"--max-memory-gib: expected {needed / 2**30:.1f} for the {base.num_rows:,} rows of {base.version}, found"
-            f" {allowed / 2**30:.1f}; use a larger machine"
+            f"--max-memory-gib: expected {gib(needed_bytes)} for the {base.num_rows:,} rows of {base.version}, found"
+            f" {gib(allowed_bytes)}; use a larger machine"
         )
     index = Index(store, base)
     vectors = index.vectors

@@ -8,18 +8,26 @@ the one place where a key could become markup: everything is escaped here and no
 """
 
 import base64
+import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from PIL import Image
 
+from pipeline import decode, fetch, storage
+from pipeline.errors import ConfigError, ImageError, SourceError
+from pipeline.meter import metered
+from pipeline.storage import ObjectInfo
+
 THUMBNAIL_PX = 160
 """Longest edge of a thumbnail."""
 _JPEG_QUALITY = 75
+_FETCH_DEADLINE_S = 30.0
+_log = logging.getLogger(__name__)
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -56,6 +64,36 @@ def thumbnail(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def thumbnails(input_url: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[bytes | None, str]]:
+    """Thumbnails of labeled objects in order, or None and why there is none: rows with `uri`, `etag`, `size_bytes`.
+
+    An object that is another one since it was labeled is not shown. Raises nothing for storage: what does not answer,
+    or refuses everything, is the reason of all that follow.
+    """
+    found: list[tuple[bytes | None, str]] = []
+    why = ""
+    try:
+        store = storage.connect(input_url)
+        objects = [ObjectInfo(row["uri"][len(input_url) + 1 :], row["size_bytes"], row["etag"], None) for row in rows]
+        max_bytes = decode.DEFAULT_LIMITS.max_bytes
+        fetched = fetch.fetch(store, objects, max_image_bytes=max_bytes, deadline_s=_FETCH_DEADLINE_S)
+        for each in metered(fetched, "reading pictures", len(objects)):
+            found.append(_thumbnail(each))  # in this thread only: see `decode.decode`
+    except (SourceError, ConfigError) as error:
+        why = str(error)
+        _log.warning("the page lacks %s pictures: %s", f"{len(rows) - len(found):,}", why)
+    return found + [(None, why)] * (len(rows) - len(found))
+
+
+def _thumbnail(fetched: bytes | ImageError) -> tuple[bytes | None, str]:
+    try:
+        if isinstance(fetched, ImageError):
+            raise fetched
+        return thumbnail(decode.decode(fetched)), ""
+    except ImageError as error:
+        return None, f"{error.kind}: {error}"
+
+
 def write(title: str, sections: Iterable[Section], note: str = "") -> str:
     """The page: `title` as its heading, `note` below it, then every section.
 
@@ -69,11 +107,12 @@ def write(title: str, sections: Iterable[Section], note: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "data_uri": _data_uri}
+    environment.filters |= {"shown": shown, "data_uri": _data_uri}
     return environment.get_template("sheet.html.j2").render(title=title, note=note, sections=list(sections))
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A string in which nothing is hidden: control characters and marks that turn text as Python writes them."""
     return "".join(char.encode("unicode_escape").decode() if _is_hidden(char) else char for char in text)
 
 

@@ -1,7 +1,8 @@
 """A URL -> its store, with list, get, put and put_if_absent.
 
-Three stores behind one protocol: S3 and local folders can be inputs and outputs, anything else that fsspec can open is
-an input only, because `put_if_absent` (the one primitive every commit rests on) is known to be safe on the first two.
+Three stores behind one protocol: S3 and local folders can be inputs and outputs of nights, anything else that fsspec
+can open is an input, because `put_if_absent` (the one primitive every commit rests on) is known to be safe on the
+first two.
 This and the `store` modules are the only ones that know fsspec and s3fs, and the only ones that retry.
 """
 
@@ -74,13 +75,13 @@ def normalize(url: str) -> str:
 
 
 def list_keys(store: Store, prefix: str) -> Iterator[str]:
-    """Keys below `prefix`; nothing for a local output that does not exist yet. A bucket must exist."""
+    """Keys below `prefix`; nothing where the folder does not exist yet. A bucket must exist."""
     try:
         for page in store.list_pages(prefix):
             for info in page:
                 yield info.key
     except AbsentError:
-        if not isinstance(store, LocalStore):
+        if isinstance(store, S3Store):
             raise
 
 

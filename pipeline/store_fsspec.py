@@ -1,4 +1,4 @@
-"""Objects below any other URL that fsspec can open: an input only.
+"""Objects below any other URL that fsspec can open: an input, or a place for one writer at a time.
 
 A module of its own because these stores promise less: no conditional reads, etags only here and there, no safe create.
 """
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class FsspecStore:
-    """Objects below any other fsspec URL: an input only. What the listing calls etag, checksum or time is the etag."""
+    """Objects below any other fsspec URL. What the listing calls etag, checksum or time is the etag."""
 
     can_seek = False
 
@@ -95,16 +95,35 @@ class FsspecStore:
         return reread_unstable(attempt, what, deadline_s)
 
     def put(self, key: str, data: bytes) -> None:
-        """Not offered: see the module docstring."""
-        raise ConfigError(f"{self.root} is an input only")
+        """See Store. Whether readers may see a part of it depends on the filesystem."""
+        self._write(key, data, "overwrite")
 
     def put_if_absent(self, key: str, data: bytes) -> bytes:
-        """Not offered: see the module docstring."""
-        raise ConfigError(f"{self.root} is an input only")
+        """See Store. Whether two writers at the same time may both succeed depends on the filesystem."""
+        return data if self._write(key, data, "create") else self.get(key)
+
+    def _write(self, key: str, data: bytes, mode: str) -> bool:
+        """Whether this call wrote it: with mode `create` it may stand already."""
+        what, path = f"put {self.root}/{key}", f"{self._path}/{key}"
+
+        def attempt() -> bool:
+            try:
+                try:
+                    self._filesystem.pipe_file(path, data, mode=mode)
+                except FileNotFoundError:  # where folders exist by themselves
+                    self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+                    self._filesystem.pipe_file(path, data, mode=mode)
+            except FileExistsError:
+                return False
+            except Exception as error:  # every filesystem raises the errors of its own client library
+                raise _translate(error, what) from error
+            return True
+
+        return until_deadline(attempt, what, store.DEADLINE_S)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Not offered: see the module docstring."""
-        raise ConfigError(f"{self.root} is an input only")
+        """Not offered: nothing is removed where it cannot be known what else is there."""
+        raise ConfigError(f"{self.root}: expected an s3:// URL or a local folder to remove objects from")
 
 
 def _translate(error: Exception, what: str) -> Exception:

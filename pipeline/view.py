@@ -65,14 +65,9 @@ def resolve(output: Store, space_id: str | None = None, state: State | None = No
     Raises ConfigError for a space that is not there, or not named among several, and ConflictError for damage.
     """
     state = state if state is not None else log.read(output)
-    spaces = sorted({entry.space_id for entry in state.runs})
-    if not spaces:
+    if not state.runs:
         raise ConfigError(f"{output.root}: expected published runs, found none; is this the --output of a night?")
-    if space_id is None and len(spaces) > 1:
-        raise ConfigError(f"{output.root}: expected the name of one of its spaces ({', '.join(spaces)}), found none")
-    if space_id is not None and space_id not in spaces:
-        raise ConfigError(f"{output.root}: expected one of its spaces ({', '.join(spaces)}), found {space_id}")
-    newest = state.newest(space_id or spaces[0])
+    newest = state.newest(choose_space(output.root, {entry.space_id for entry in state.runs}, space_id))
     assert newest is not None
     snapshot = state.snapshot(newest.space_id)
     through_seq = snapshot.through_seq if snapshot else 0
@@ -88,6 +83,24 @@ def resolve(output: Store, space_id: str | None = None, state: State | None = No
             *(LabelFile(ref, run.run_seq, run.run_seq) for run in later for ref in run.labels),
         ],
     )
+
+
+def resolve_embedded(output: Store, space_id: str | None, state: State) -> View:
+    """As `resolve`; ConfigError also for a space without embeddings."""
+    current = resolve(output, space_id, state)
+    if "embedding" not in current.columns.names:
+        raise ConfigError(f"{output.root}: space {current.space_id} has no embeddings; label with --embedding pooled")
+    return current
+
+
+def choose_space(where: str, known: Collection[str], wanted: str | None) -> str:
+    """The wanted one of one or more known spaces; the only one where none is named. ConfigError for others."""
+    names = ", ".join(sorted(known))
+    if wanted is None and len(known) > 1:
+        raise ConfigError(f"{where}: expected the name of one of its spaces ({names}), found none")
+    if wanted is not None and wanted not in known:
+        raise ConfigError(f"{where}: expected one of its spaces ({names}), found {wanted}")
+    return wanted if wanted is not None else next(iter(known))
 
 
 def files(output: Store, space_id: str | None = None) -> list[FileRef]:

@@ -121,7 +121,9 @@ def test_an_index_holds_each_image_of_the_view_once_by_its_newest_label(
     row = found.rows([found.ordinal_of(f"{nights.ROOT}/ü'x/01.jpg")]).to_pylist()[0]
     assert row["image_id"] == schema.image_id(row["uri"])
     assert row["label_names"][0] == nights.label_of("ü'x/01.jpg")
-    with pytest.raises(ConfigError, match=r"expected a uri of index 00000007-.*, found none such"):
+    with pytest.raises(
+        ConfigError, match=r"expected a uri of index 00000007-.*, found none such; the uris around it: "
+    ):
         found.ordinal_of(f"{nights.ROOT}/a/04.jpg")
 
 
@@ -142,13 +144,14 @@ def test_the_truth_comes_from_the_labels_where_an_index_has_approximations(sever
     assert found_uris(found, queries(), 9, is_exhaustive=True) != nearest_uris(uris, queries(), 9)
     answers = found.exact(queries(), 9)
     assert [found.rows(row)["uri"].to_pylist() for row in answers.ordinals_QK] == nearest_uris(uris, queries(), 9)
-    assert np.array_equal(found.vector_of(uris[3]), true_vectors(uris)[3])
+    assert np.array_equal(found.true_vectors([found.ordinal_of(uris[3])])[0], true_vectors(uris)[3])
 
 
 @pytest.mark.parametrize("factory", ["exact", SQ8])
 def test_a_search_among_some_rows_finds_all_of_them_and_no_others(several: Nights, place: str, factory: str) -> None:
     found = built(several, place, factory=factory)
-    among = found.ordinals_where(label="cat")
+    rows = pa.concat_tables(found.all_rows(["ordinal", "label_names"]))
+    among = np.array([row["ordinal"] for row in rows.to_pylist() if row["label_names"][0] == "cat"])
     wanted = {uri for uri in several.current[DEIT] if nights.label_of(uri.removeprefix(f"{nights.ROOT}/")) == "cat"}
     answers = found_uris(found, queries(), len(among), among=among)
     assert all(set(row) == wanted for row in answers)
@@ -163,7 +166,7 @@ def test_two_images_with_one_image_id_are_both_found(
         patch.setattr(schema, "image_id", lambda uri: 7 if uri.endswith(("/a.jpg", "/b.jpg")) else 8)
         output.publish(["a.jpg", "b.jpg", "c.jpg"])
     found = built(output, place, factory="IVF1,SQ8")
-    assert len(found.ordinals_where(image_id=7)) == 2
+    assert found.rows([0, 1, 2])["image_id"].to_pylist() == [7, 7, 8]
     assert rows_of(found) == output.current[DEIT]
     monkeypatch.undo()
     output.publish([], {}, ["a.jpg"])
@@ -195,6 +198,13 @@ def test_an_index_on_s3_of_an_output_on_s3_is_the_one_of_local_folders(
     assert rows_of(found) == several.current[DEIT]
     local = built(several, place, factory=SQ8)
     assert np.array_equal(found.search(queries(), 5).ordinals_QK, local.search(queries(), 5).ordinals_QK)
+
+
+def test_an_index_on_another_store_is_built_updated_and_read(several: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "memory://indexes/of labels"
+    built(several, place, factory=SQ8)
+    several.publish(["zzz.jpg"], {}, ["top.jpg"])
+    assert rows_of(updated(several, place, monkeypatch)) == several.current[DEIT]
 
 
 def test_files_encoded_on_a_cluster_make_the_same_index(driver: Head, several: Nights, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Contact sheets: whatever a key is, the page shows it as text; a browser shows every picture, light and dark."""
 
+import warnings
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from browser import LAPTOP, PHONE
 from PIL import Image
 
-from pipeline import decode, sheet
+from pipeline import decode, sheet, storage
 from pipeline.sheet import Section, Tile
 
 COLOURS = [(220, 30, 20), (20, 200, 40), (30, 40, 210), (230, 200, 30), (200, 40, 200), (20, 180, 190)]
@@ -124,6 +125,17 @@ def test_whatever_decodes_has_a_thumbnail() -> None:
         with Image.open(BytesIO(sheet.thumbnail(image))) as small:
             difference = abs(np.asarray(small, dtype=float) - np.asarray(image, dtype=float))
             assert difference.mean() < 20, name
+
+
+def test_thumbnails_leave_the_warnings_of_the_process_as_they_were(tmp_path: Path) -> None:
+    store = storage.connect(str(tmp_path))
+    for number in range(60):
+        store.put(f"{number}.jpg", solid(COLOURS[number % len(COLOURS)]))
+    (listed,) = store.list_pages()
+    rows = [{"uri": f"{store.root}/{info.key}", "etag": info.etag, "size_bytes": info.size_bytes} for info in listed]
+    before = list(warnings.filters)
+    assert all(picture is not None for picture, _ in sheet.thumbnails(store.root, rows))
+    assert list(warnings.filters) == before
 
 
 def extents(shot: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -296,11 +296,17 @@ def test_a_url_that_names_no_place_is_refused(url: str) -> None:
 def test_an_output_on_another_store_is_refused() -> None:
     with pytest.raises(ConfigError, match="--output must be an s3:// URL or a local folder, found memory://x"):
         storage.connect_output("memory://x")
-    for write in (storage.connect("memory://x").put, storage.connect("memory://x").put_if_absent):
-        with pytest.raises(ConfigError, match="input only"):
-            write("key", b"x")
-    with pytest.raises(ConfigError, match="input only"):
+    with pytest.raises(ConfigError, match="memory://x: expected an s3:// URL or a local folder to remove objects from"):
         storage.connect("memory://x").delete(["key"])
+
+
+def test_another_store_takes_what_one_writer_writes() -> None:
+    store = storage.connect("memory://written/there")
+    assert store.put_if_absent("a/b/1", b"x") == b"x"
+    assert store.put_if_absent("a/b/1", b"y") == b"x"
+    store.put("a/2", b"x")
+    store.put("a/2", b"z")
+    assert {key: store.get(key) for key in keys(store)} == {"a/2": b"z", "a/b/1": b"x"}
 
 
 def test_the_root_of_another_store_can_be_read() -> None:
