@@ -20,11 +20,16 @@ from pipeline import storage
 from pipeline.arguments import add_log_level, count, positive
 from pipeline.errors import STOPPED, ConfigError, ConflictError, LabelBucketError, SourceError
 
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, search, print; the exit code."""
-    flags = _parser().parse_args(arguments)
-    logging.basicConfig(level=flags.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["dups"]:
+        return _find_duplicates(_dups_parser().parse_args(given[1:]))
+    flags = _parser().parse_args(given)
+    logging.basicConfig(level=flags.log_level, format=_LOG_FORMAT, stream=sys.stderr)
     from pipeline import search
     from pipeline.engine import quieten
 
@@ -51,6 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
+def _find_duplicates(flags: argparse.Namespace) -> int:
+    logging.basicConfig(level=flags.log_level, format=_LOG_FORMAT, stream=sys.stderr)
+    from pipeline import duplicates
+
+    options = duplicates.Options(**{name: value for name, value in vars(flags).items() if name != "log_level"})
+    try:
+        print(f"search_images: exit code 0: {duplicates.find_duplicates(options)}", file=sys.stderr)
+        return 0
+    except LabelBucketError as error:
+        print(f"search_images: exit code {error.exit_code}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"search_images: exit code {STOPPED}: stopped; run it again", file=sys.stderr)
+        return STOPPED
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -67,12 +88,11 @@ examples:
   search_images.py --index s3://shop-search --uri s3://shop/photos/1.jpg -k 50 --html like-this.html
   search_images.py --index s3://shop-search --image holiday.jpg --label 'seashore, coast' --json | jq '.answers[].uri'
   search_images.py --index s3://shop-search --text-label tabby --min-score 0.9
+  search_images.py dups --index s3://shop-search --output s3://shop-search/duplicates    # see dups --help
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--index", required=True, metavar="URL", help="the --output of build_index: s3:// or a folder")
-    parser.add_argument("--space", metavar="ID", help="which embedding space; needed where the index has several")
-    parser.add_argument("--version", metavar="NAME", help="an older version; default: the newest")
+    _add_index(parser)
     question = parser.add_argument_group("what to search with").add_mutually_exclusive_group(required=True)
     question.add_argument("--image", metavar="FILE_OR_URL", help="a picture, which need not be in the index")
     question.add_argument("--uri", help="an image of the index; it is not its own answer")
@@ -99,6 +119,54 @@ examples:
     shown.add_argument("--html", metavar="FILE_OR_URL", help="as a page with thumbnails that needs nothing else")
     add_log_level(parser)
     return parser
+
+
+def _dups_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} dups",
+        description="""\
+Find images that an index holds more than once.
+
+  exact  equal SHA-256 (label with --image-stats), else equal etags that are MD5, and equal sizes
+  near   a cosine of --min-cosine or more between their true vectors, among the 32 nearest of each image
+
+--output gets edges.parquet with the pairs, groups.parquet with groups around the largest picture of each, to which all
+in the group are near, duplicates.html with thumbnails of the largest groups, and duplicates.json with counts.
+""",
+        epilog=f"""\
+exit codes:
+    0  written, also where there are no duplicates
+  {ConfigError.exit_code:3}  cannot work as given: no such index, a threshold that is none, or too many pairs
+  {SourceError.exit_code:3}  the index or the labels cannot be read, or the output written
+  {ConflictError.exit_code:3}  a damaged index, or an output that holds the duplicates of another index or threshold
+  {STOPPED:3}  stopped; run it again
+
+examples:
+  search_images.py dups --index s3://shop-search --output s3://shop-search/duplicates
+  search_images.py dups --index search --output stricter --min-cosine 0.999 --sheet-groups 200
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_index(parser)
+    parser.add_argument("--output", required=True, metavar="URL", help="a folder of its own: s3:// or local")
+    parser.add_argument(
+        "--min-cosine",
+        type=float,
+        default=0.995,
+        metavar="COSINE",
+        help="least cosine of near-duplicates, up to 1; default 0.995",
+    )
+    parser.add_argument(
+        "--sheet-groups", type=count, default=50, metavar="NUM", help="groups on the page; 0: no pictures; default 50"
+    )
+    add_log_level(parser)
+    return parser
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", required=True, metavar="URL", help="the --output of build_index: s3:// or a folder")
+    parser.add_argument("--space", metavar="ID", help="which embedding space; needed where the index has several")
+    parser.add_argument("--version", metavar="NAME", help="an older version; default: the newest")
 
 
 if __name__ == "__main__":

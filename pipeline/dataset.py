@@ -9,25 +9,30 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import canary, parts, plan, storage
+from pipeline import canary, engine, parts, plan, storage
 from pipeline.checkpoint import Pooling
 from pipeline.errors import ConfigError, LabelBucketError
 from pipeline.label import Device, Labeler
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
+
+_log = logging.getLogger(__name__)
 
 UNITS_PER_WAVE = 4096
 """Units in one Dataset, which keeps its input blocks for life (ray-project/ray#66016): 4.4 kB per unit, 18 MB per wave.
@@ -173,9 +178,45 @@ def _checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vector
 
 
 def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
-    """Do the work, in waves, and give a summary of each unit as its part is committed, in no order."""
+    """Do the work, in waves, and give a summary of each unit as its part is committed, in no order.
+
+    A wave whose process dies is begun again with what it had not finished; LabelBucketError if that was all of it.
+    """
     for wave in _batched(work, UNITS_PER_WAVE):
-        for row in build(task, resources, wave).iter_rows():
+        left = {each.unit_id: each for each in wave}
+        while left:
+            num_left = len(left)
+            try:
+                for unit in _wave_beside_this_process(task, resources, list(left.values())):
+                    del left[unit.unit_id]
+                    yield unit
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                died = f"the process that looks after {num_left:,} unit(s) died on this node"
+                if len(left) == num_left:
+                    raise LabelBucketError(
+                        f"{died} before one was done; look for what killed it, such as memory; the same command resumes"
+                    ) from error
+                _log.warning("%s: %s of them are begun again", died, f"{len(left):,}")
+
+
+def _wave_beside_this_process(task: Task, resources: Resources, work: Sequence[Work]) -> Iterator[UnitSummary]:
+    """Run `_label_wave` on this node; it ends with this process, or when nobody asks for its summaries any more."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    started = _label_wave.options(scheduling_strategy=here).remote(task, resources, work)
+    summaries = cast("ray.ObjectRefGenerator[UnitSummary]", started)  # of which the engine's types do not know
+    try:
+        for summary in summaries:
+            yield ray.get(summary)
+    finally:
+        ray.cancel(summaries, force=True)
+
+
+# Not retried by the engine, which would expect the same summaries in the same order.
+@ray.remote(num_cpus=0, max_calls=1, max_retries=0)
+def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Iterator[UnitSummary]:
+    """One wave in a process that ends with it, because the engine keeps memory of every task of a process for life."""
+    with engine.errors():
+        for row in build(task, resources, work).iter_rows():
             yield UnitSummary(**{**row, "failures": json.loads(row["failures"])})
 
 

@@ -46,7 +46,8 @@ def lead(ranked: Ints, pairs: Pairs, all_like: Callable[[int], tuple[Ints, Float
     """Give every node of `ranked` that has no leader yet a group of its own, with all that are like it and have none.
 
     `ranked` are the nodes of `pairs`, the best leader first: so a leader is the best of its group. `all_like` gives the
-    nodes that are like one, and their cosines, where `pairs` may lack some of them, else None.
+    nodes that are like one, and their cosines, where `pairs` may lack some of them, else None; where it lacks one that
+    `pairs` has, that counts as well.
     """
     source = np.concatenate([pairs.a, pairs.b])
     order = np.argsort(source, kind="stable")
@@ -60,12 +61,10 @@ def lead(ranked: Ints, pairs: Pairs, all_like: Callable[[int], tuple[Ints, Float
         if node in is_taken:
             continue
         is_taken.add(node)
-        like, how_much = all_like(node) or (target[begin:end], cosine[begin:end])
-        members = [
-            (member, node, value)
-            for member, value in zip(like.tolist(), how_much.tolist(), strict=True)
-            if member not in is_taken
-        ]
+        like = dict(zip(target[begin:end].tolist(), cosine[begin:end].tolist(), strict=True))
+        if (others := all_like(node)) is not None:
+            like |= zip(others[0].tolist(), others[1].tolist(), strict=True)
+        members = [(member, node, value) for member, value in like.items() if member not in is_taken]
         if members:
             grouped += [(node, node, 1.0), *members]
             is_taken.update(member for member, *_ in members)

@@ -95,6 +95,22 @@ class Head:
             check=False,
         )
 
+    def pid_of(self, name: str) -> int:
+        """The process of the only task of this name, or actor of this class, once it runs."""
+        from ray.util import state  # only now: see pytest_configure
+
+        def running() -> set[int | None]:
+            tasks = state.list_tasks(self.dashboard_url, filters=[("state", "=", "RUNNING")], detail=True)
+            actors = state.list_actors(self.dashboard_url, filters=[("state", "=", "ALIVE")])
+            named = [(each.name, each.worker_pid) for each in tasks]
+            named += [(each.class_name, each.pid) for each in actors]
+            return {pid for each, pid in named if each == name} - {None}
+
+        wait_until(lambda: bool(running()))
+        (pid,) = running()
+        assert pid is not None
+        return pid
+
 
 @contextmanager
 def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterator[Head]:

@@ -1,5 +1,9 @@
 """The shape of the pipeline on the engine: one unit is one part, and no stages fuse."""
 
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from cluster import Head
 from pipeline import canary, catalog, checkpoint, dataset, decode, engine, parts, plan, schema, storage
 from pipeline.diff import Rules
 from pipeline.draw import draw_file
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, LabelBucketError
 from pipeline.listing import Scope
 from pipeline.picture import Recipe
 from pipeline.preprocess import spec_from_config
@@ -139,6 +143,46 @@ def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
     assert [key for key in written if "/parts/" in key] == []
     unchanged = replace(task, canaries=dataset.check_model(replace(task, canaries=vectors), "cpu"))
     assert sum(unit.num_rows for unit in dataset.label_units(unchanged, resources, _work(sealed))) == 320
+
+
+def _make_committing_hang(task: dataset.Task, work: dataset.Work) -> Path:
+    """The part of this unit, at which whoever commits it waits: a pipe in its place that nobody writes into."""
+    part = Path(task.output_url.removeprefix("file://"), parts.part_key("run", work.range_id, work.unit_id))
+    part.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(part)
+    return part
+
+
+def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan], caplog: pytest.LogCaptureFixture
+) -> None:
+    task, sealed = planned
+    work = _work(sealed)
+    hanging = _make_committing_hang(task, work[-1])
+    units = dataset.label_units(task, replace(dataset.resolve_resources("auto", None), num_actors=1), work)
+    done = [next(units)]
+    hanging.unlink()
+    os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
+    done += units
+    assert re.search(r"the process that looks after 5 unit\(s\) died on this node: [1-4] of them are", caplog.text)
+    assert sorted(unit.unit_id for unit in done) == sorted(each.unit_id for each in work)
+    assert sum(unit.num_rows for unit in done) == 320
+
+
+def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
+) -> None:
+    task, sealed = planned
+    work = _work(sealed)[-1:]
+    _make_committing_hang(task, work[0])
+    with ThreadPoolExecutor(1) as pool:
+        resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
+        ended = pool.submit(list, dataset.label_units(task, resources, work))
+        os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
+        with pytest.raises(
+            LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"
+        ):
+            ended.result()
 
 
 def test_a_packed_unit_is_the_same_rows_and_shares_their_pixels() -> None:

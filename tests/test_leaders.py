@@ -62,6 +62,14 @@ def test_a_chain_is_not_one_group() -> None:
     ]
 
 
+def test_a_pair_counts_though_a_search_from_its_leader_does_not_find_it() -> None:
+    cosine_NN = cosines([0, 1, 2])
+    pairs = found_pairs(cosine_NN, 2)
+    groups = leaders.lead(np.arange(3), pairs, lambda _: (np.array([1]), cosine_NN[0, [1]]))
+    assert sorted(groups.member.tolist()) == [0, 1, 2]
+    assert groups.leader.tolist() == [0, 0, 0]
+
+
 def test_a_pair_that_both_ends_found_is_one_with_its_greatest_cosine() -> None:
     pairs = leaders.unique_pairs(
         np.array([5, 2, 2, 3, 9]), np.array([2, 5, 4, 3, 1]), np.array([0.95, 0.96, 0.97, 1, 0.98], np.float32)

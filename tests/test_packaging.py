@@ -76,7 +76,7 @@ ORDER = (
     *("export_lance", "export"),
     *("index_files", "index_vectors", "index_log", "index"),
     *("index_recall", "index_encode", "index_cluster", "index_build", "index_update"),
-    *("query", "search", "leaders"),
+    *("query", "search", "leaders", "duplicate_files", "duplicates"),
     *("shapes", "draw"),
 )
 """Modules of the pipeline in the order of the data: each imports only from modules before it."""

@@ -31,6 +31,10 @@ CRASH_POINTS = (
 )
 
 
+LABELER = "MapWorker(MapBatches(_Label))"
+"""What the engine calls an actor that labels."""
+
+
 @pytest.fixture(scope="module")
 def source(head: Head) -> str:
     """300 objects of which 12 are broken: 5 units."""
@@ -261,6 +265,16 @@ def test_an_error_of_a_worker_ends_the_run_with_its_own_exit_code_and_one_line(
     assert ended.returncode == 3, ended.stderr
     assert f"{chunk.name}: not found" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_killed_driver_leaves_no_process_of_its_wave_behind(
+    head: Head, source: str, model: str, tmp_path: Path
+) -> None:
+    options = ("--input", source, "--output", str(tmp_path / "out"), "--model", model, "--gpu-actors=1")
+    with head.start_label_bucket(*options) as driver:
+        actor, wave = head.pid_of(LABELER), head.pid_of("_label_wave")
+        driver.kill()
+    wait_until(lambda: not Path(f"/proc/{wave}").exists() and not Path(f"/proc/{actor}").exists(), deadline_s=30)
 
 
 STOPPED_IN_A_DESTRUCTOR = """
