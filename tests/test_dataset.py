@@ -47,6 +47,7 @@ def planned(tmp_path: Path) -> tuple[dataset.Task, plan.RangePlan]:
         run_id="run",
         recipe=Recipe(spec=spec, limits=decode.DEFAULT_LIMITS),
         object_deadline_s=5,
+        stall_timeout_s=1800,
         model=found.folder,
         model_revision=found.revision,
         weights_digest=found.weights_digest,
@@ -179,9 +180,7 @@ def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
         resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
         ended = pool.submit(list, dataset.label_units(task, resources, work))
         os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
-        with pytest.raises(
-            LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"
-        ):
+        with pytest.raises(LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"):
             ended.result()
 
 
