@@ -23,6 +23,22 @@ JOB = ROOT / "jobs" / "label_bucket.py"
 _START_DEADLINE_S = 120
 
 
+@dataclass(frozen=True)
+class Node:
+    """Another node of a cluster, in a session of its own."""
+
+    session: int
+
+    def processes(self, title: str) -> list[int]:
+        """Processes of this node whose command line begins with `title`."""
+        return processes(self.session, title)
+
+    def raylet(self) -> int:
+        """The process that is the node: without it the others end, and the cluster counts it as dead."""
+        (pid,) = [pid for pid in self.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "raylet"]
+        return pid
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Where a head listens, and the environment in which commands find it."""
@@ -81,6 +97,37 @@ class Head:
                 yield driver
             finally:
                 driver.kill()
+
+    @contextmanager
+    def node(self, *, num_cpus: int = 2) -> Iterator[Node]:
+        """Another node that joins, on this machine; it is part of the cluster as soon as its processes say so."""
+        (agent_port,) = _free_ports(1)
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            *("start", f"--address={self.address}", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
+            *("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent_port}"),
+            "--object-store-memory=300000000",
+        ]
+        process = subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield Node(process.pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def num_cpus(self) -> float:
+        """What the cluster has now, of all nodes that live."""
+        from ray.util import state  # only now: see pytest_configure
+
+        nodes = state.list_nodes(self.dashboard_url, filters=[("state", "=", "ALIVE")])
+        return sum(float((each.resources_total or {}).get("CPU", 0)) for each in nodes)
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""

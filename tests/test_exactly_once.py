@@ -2,21 +2,16 @@
 rows of an undisturbed one. And two controls that the verifier must find wrong, or it would prove nothing.
 """
 
-import io
-import os
 import re
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import checkpoints
-import effort
-import pyarrow.parquet as pq
 import pytest
 import verifier
 from cluster import Head, wait_until
+from kills import LABELING, PREPARING, Kills
 from servers import S3Server, Storm
 from test_faults import GET_KINDS, PUT_KINDS, put_quickly
 from verifier import Place, Reader
@@ -26,7 +21,6 @@ from pipeline.draw import draw_file
 NUM_OBJECTS = 1600
 MIN_KILLS, MIN_FAULTS = 25, 200
 SEED = 20261125
-PREPARING, LABELING = "ray::MapBatches(", "ray::MapWorker("
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +51,6 @@ def undisturbed(head: Head, s3: S3Server, source: Place, model: Path) -> Place:
     return output
 
 
-class Staged:
-    """What is committed so far: the keys in staged parts, each part read once."""
-
-    def __init__(self, output: Place) -> None:
-        self._output = output
-        self.etags: dict[str, str] = {}
-        self.keys: set[str] = set()
-
-    def look(self) -> int:
-        """The number of parts. A part that was there must still be the same."""
-        found = {key: etag for key, etag in self._output.etags("_runs/").items() if "/parts/" in key}
-        assert self.etags.items() <= found.items(), "a finished part was written again"
-        for key in found.keys() - self.etags.keys():
-            self.keys |= set(pq.ParquetFile(io.BytesIO(self._output.read(key))).read(["key"])["key"].to_pylist())
-        self.etags = found
-        return len(found)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_of_an_undisturbed_one(
@@ -85,40 +61,19 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
     storm = Storm(
         SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.08, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
     )
-    staged, num_kills, num_in_flight = Staged(output), Counter[str](), 0
     num_units = len([key for key in undisturbed.etags("_runs/") if "/parts/" in key])
-    requests_before, started_s = len(s3.requests), time.monotonic()
-
-    def reads() -> Counter[str]:
-        prefix = "/once/in/"
-        return Counter(
-            path.removeprefix(prefix)
-            for method, path in s3.requests[requests_before:]
-            if method == "GET" and path.startswith(prefix)
-        )
-
-    def kill(what: str, pid: int) -> None:
-        """Only while some units are done and others are in flight; it must have hit."""
-        nonlocal num_in_flight
-        assert 0 < staged.look() < num_units
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not Path(f"/proc/{pid}").exists() or _is_dead(pid), 10)
-        in_flight = reads().keys() - staged.keys
-        assert in_flight, "nothing was in flight"
-        num_in_flight += len(in_flight)
-        num_kills[what] += 1
-        effort.COUNTS["kills survived"] += 1
+    kills, started_s = Kills(s3, source, output, num_units), time.monotonic()
 
     s3.storm = storm
     with Reader(output, head.rss_bytes) as reader:
         for victims in _victims():
             with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
-                wait_until(lambda: driver.poll() is not None or staged.look() > 0, 600)
+                wait_until(lambda: driver.poll() is not None or kills.staged.look() > 0, 600)
                 last = 0
                 for what, title in victims:
                     pid = driver.pid if what == "driver" else _new_victim(head, title, last, driver.poll)
                     assert driver.poll() is None, driver.communicate()[1][-3000:]
-                    kill(what, pid)
+                    kills.kill(what, pid)
                     last = pid
                 if "driver" not in dict(victims):
                     _, printed = driver.communicate(timeout=300)
@@ -127,11 +82,14 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
                     driver.wait(10)
     took_s = time.monotonic() - started_s
     s3.storm = None
-    print(f"kills {dict(num_kills)}, faults {sum(storm.num_hits.values())}, {took_s:.0f} s, {reader.num_polls} polls")
-    print(f"reads {sum(reads().values())} of {NUM_OBJECTS}, in flight {num_in_flight}, peak {reader.peak_bytes:,}")
+    num_reads = sum(kills.reads().values())
+    print(
+        f"kills {dict(kills.counts)}, faults {sum(storm.num_hits.values())}, {took_s:.0f} s, {reader.num_polls} polls,"
+    )
+    print(f"{num_reads} reads of {NUM_OBJECTS}, {kills.num_in_flight} in flight, peak {reader.peak_bytes:,}")
 
-    assert sum(num_kills.values()) >= MIN_KILLS
-    assert min(num_kills.values()) >= 5
+    assert sum(kills.counts.values()) >= MIN_KILLS
+    assert min(kills.counts.values()) >= 5
     assert sum(storm.num_hits.values()) >= MIN_FAULTS
     assert {kind for kind in GET_KINDS if not storm.num_hits["GET", kind]} == set()
     num_get_faults = sum(number for (operation, _), number in storm.num_hits.items() if operation == "GET")
@@ -139,7 +97,7 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
         *verifier.check(output, source, exit_code=0, like=undisturbed, secrets=[s3.secret]),
         *verifier.check_labels(output, source, model, 40),
         *reader.findings,
-        *verifier.check_redone(reads(), num_get_faults, num_in_flight),
+        *verifier.check_redone(kills.reads(), num_get_faults, kills.num_in_flight),
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
     ]
     assert findings == []
@@ -163,10 +121,3 @@ def _new_victim(head: Head, title: str, last: int, poll: Callable[[], int | None
 
     wait_until(is_there, 300)
     return found[0] if found else last
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
