@@ -12,7 +12,7 @@ import pytest
 import verifier
 from cluster import Head, wait_until
 from kills import LABELING, PREPARING, Kills
-from servers import S3Server, Storm
+from servers import Kind, S3Server, Storm
 from test_faults import GET_KINDS, PUT_KINDS, put_quickly
 from verifier import Place, Reader
 
@@ -101,6 +101,40 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
     ]
     assert findings == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", [503, "hang"])
+def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_finishes_it_afterwards(
+    head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place, kind: Kind
+) -> None:
+    output = Place(f"s3://once/outage-{kind}", s3.client)
+    options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    kills = Kills(s3, source, output, num_units=2)
+    every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")
+    outage = Storm(SEED, dict.fromkeys(every, [kind]), dict.fromkeys(every, 1), max_per_path=10**6)
+    with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
+        kills.wait_for_work(driver.poll)
+        s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
+        try:
+            _, printed = driver.communicate(timeout=300)
+        finally:
+            s3.storm = None
+        took_s = time.monotonic() - began_s
+    num_asked = len(s3.requests) - num_before
+    print(f"{kind}: ended after {took_s:.0f} s and {num_asked} requests")
+    assert driver.returncode == 3, printed[-3000:]
+    assert "Traceback" not in printed
+    assert sum(outage.num_hits.values()) >= 10
+    assert took_s < 150
+    assert verifier.entries(output) == []
+    reads_before = kills.reads()
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    assert verifier.check(output, source, exit_code=0, like=undisturbed) == []
+    assert kills.staged.look()
+    assert max((kills.reads() - reads_before).values()) == 1
 
 
 def _victims() -> Iterator[list[tuple[str, str]]]:
