@@ -113,7 +113,7 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     kills = Kills(s3, source, output, num_units=2)
     every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")
-    outage = Storm(SEED, dict.fromkeys(every, [kind]), dict.fromkeys(every, 1), max_per_path=10**6)
+    outage = Storm(SEED, {operation: [kind] for operation in every}, dict.fromkeys(every, 1), max_per_path=10**6)
     with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
         kills.wait_for_work(driver.poll)
         s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
