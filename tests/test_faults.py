@@ -6,9 +6,12 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from servers import Fault, Kind, S3Server, Storm
+from test_plan import Place as CatalogPlace
+from test_plan import row
 
 from pipeline import fetch, plan, storage, store
 from pipeline.catalog import KeyRange
@@ -126,6 +129,27 @@ def test_a_listing_that_contradicts_itself_is_planned_anew_or_refused_and_never_
             ended["refused" if "run the command again" in str(error) else str(error)] += 1
     assert set(ended) <= {"100 planned", "refused"}
     assert ended["100 planned"] > 0
+
+
+def test_an_object_that_a_stale_page_lacks_is_never_recorded_as_deleted(
+    weather: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 20)
+    fill(weather, bucket, 100)
+    place = CatalogPlace(tmp_path)
+    known = [row(info.key, info.etag, info.size_bytes) for info in listed(f"{bucket}/in")]
+    place.remember(known, rows_per_file=1000)
+    ended: Counter[str] = Counter()
+    hits = 0
+    for seed in range(20):
+        weather.storm = storm = Storm(seed, {"LIST": ["stale_page"]}, {"LIST": 0.15}, max_per_path=1)
+        sizes = plan.UnitSizes.of(32, 1)
+        rules = Rules(scope=Scope(), limit=None, records_deletions=True)
+        planned = plan.preview_range(storage.connect(f"{bucket}/in"), place.output, place.whole, rules, sizes)
+        ended[f"{planned.counts['unchanged']} unchanged, {planned.counts['deleted']} deleted"] += 1
+        hits += storm.num_hits["LIST", "stale_page"]
+    assert set(ended) == {"100 unchanged, 0 deleted"}
+    assert hits >= MIN_HITS
 
 
 @pytest.mark.slow
