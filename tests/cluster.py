@@ -126,8 +126,8 @@ class Head:
         """What the cluster has now, of all nodes that live."""
         from ray.util import state  # only now: see pytest_configure
 
-        nodes = state.list_nodes(self.dashboard_url, filters=[("state", "=", "ALIVE")])
-        return sum(float((each.resources_total or {}).get("CPU", 0)) for each in nodes)
+        nodes = state.list_nodes(self.dashboard_url)
+        return sum(float((each.resources_total or {}).get("CPU", 0)) for each in nodes if each.state == "ALIVE")
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""

@@ -117,7 +117,9 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
         Reader(kills.output, head.rss_bytes) as reader,
     ):
         kills.wait_for_work(driver.poll)
-        kills.kill("node", next(each for each in cluster.nodes if each.processes(PREPARING)).raylet())
+        kills.kill(
+            "node", first(lambda: [each.raylet() for each in cluster.nodes if each.processes(PREPARING)], driver.poll)
+        )
         wait_until(lambda: head.num_cpus() == 3)
         with head.node() as late:
             cluster.nodes.append(late)
