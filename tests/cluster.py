@@ -99,8 +99,9 @@ class Head:
                 driver.kill()
 
     @contextmanager
-    def node(self, *, num_cpus: int = 2) -> Iterator[Node]:
-        """Another node that joins, on this machine; it is part of the cluster as soon as its processes say so."""
+    def node(self, *, num_cpus: int = 1) -> Iterator[Node]:
+        """Another node, on this machine, which has joined. One at a time: two at once stop each other now and then."""
+        num_cpus_before = self.num_cpus()
         (agent_port,) = _free_ports(1)
         command = [
             str(Path(sys.executable).with_name("ray")),
@@ -116,6 +117,7 @@ class Head:
             start_new_session=True,
         )
         try:
+            wait_until(lambda: self.num_cpus() > num_cpus_before)
             yield Node(process.pid)
         finally:
             with contextlib.suppress(ProcessLookupError):

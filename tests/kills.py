@@ -69,11 +69,16 @@ class Kills:
         os.kill(pid, number)
         if number == signal.SIGKILL:
             wait_until(lambda: is_dead(pid), 10)
-        in_flight = self.reads().keys() - self.staged.keys
-        assert in_flight, "nothing was in flight"
-        self.num_in_flight += len(in_flight)
+        assert self.lose(), "nothing was in flight"
         self.counts[what] += 1
         effort.COUNTS["kills survived"] += 1
+
+    def lose(self) -> int:
+        """Count what is in flight now, because it will be done again."""
+        self.staged.look()
+        num_lost = len(self.reads().keys() - self.staged.keys)
+        self.num_in_flight += num_lost
+        return num_lost
 
 
 def is_dead(pid: int) -> bool:

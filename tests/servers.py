@@ -231,6 +231,14 @@ def _without(data: bytes, pattern: bytes) -> bytes:
     return changed
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a killed client is no news
+            super().handle_error(request, client_address)
+
+
 class _InFlight:
     """Counts the requests inside its `with`."""
 
@@ -379,8 +387,7 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    with _Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         s3.url = f"http://127.0.0.1:{server.server_port}"
