@@ -5,6 +5,7 @@ run ends with the rows of an undisturbed one, or says why not, and then the same
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -84,16 +85,16 @@ def kills(s3: S3Server, source: Place, undisturbed: Place, request: pytest.Fixtu
     return Kills(s3, source, output, num_units)
 
 
-def first(find: Callable[[], list[int]], poll: Callable[[], int | None]) -> int:
+def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]") -> int:
     """The first process that `find` finds, as soon as there is one."""
     found: list[int] = []
 
     def is_there() -> bool:
         found[:] = find()
-        return bool(found) or poll() is not None
+        return bool(found) or driver.poll() is not None
 
     wait_until(is_there)
-    assert found, "the driver ended before there was a process to kill"
+    assert found, f"the driver ended before there was a process to kill: {driver.communicate()[1][-3000:]}"
     return found[0]
 
 
@@ -117,15 +118,15 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
         Reader(kills.output, head.rss_bytes) as reader,
     ):
         kills.wait_for_work(driver.poll)
-        busy = first(lambda: [each.raylet() for each in cluster.nodes if each.processes(PREPARING)], driver.poll)
+        busy = first(lambda: [each.raylet() for each in cluster.nodes if each.processes(PREPARING)], driver)
         kills.kill("node", busy)
-        kills.kill("worker", first(lambda: cluster.processes(PREPARING), driver.poll))
-        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver.poll))
+        kills.kill("worker", first(lambda: cluster.processes(PREPARING), driver))
+        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
         wait_until(lambda: head.num_cpus() == 2)
         with head.node() as late:
             cluster.nodes.append(late)
-            kills.kill("wave", first(lambda: cluster.processes(WAVE), driver.poll))
-            first(lambda: late.processes(PREPARING) + late.processes(LABELING), driver.poll)  # it is given work
+            kills.kill("wave", first(lambda: cluster.processes(WAVE), driver))
+            first(lambda: late.processes(PREPARING) + late.processes(LABELING), driver)  # it is given work
             _, printed = driver.communicate(timeout=240)
     assert driver.returncode == 0, printed
     assert set(kills.counts) == {"node", "worker", "actor", "wave"}
@@ -157,7 +158,7 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
 ) -> None:
     with cluster.head.start_label_bucket(*options(source, kills, model), "--stall-timeout-s=10") as driver:
         kills.wait_for_work(driver.poll)
-        stopped = first(lambda: cluster.processes(title), driver.poll)
+        stopped = first(lambda: cluster.processes(title), driver)
         kills.kill("stopped", stopped, signal.SIGSTOP)
         assert driver.stderr is not None
         printed = []
@@ -179,7 +180,7 @@ def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_brin
     with cluster.head.start_label_bucket(*options(source, kills, moving)) as driver:
         kills.wait_for_work(driver.poll)
         moving.rename(tmp_path / "elsewhere")
-        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver.poll))
+        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
         _, printed = driver.communicate(timeout=240)
     assert driver.returncode in (1, 2, 3), printed
     kills.lose()
