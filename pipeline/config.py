@@ -68,6 +68,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
     "every night": {"retry_failed": None, "full": None, "allow_empty": None},
     "the run": {
         "max_failed_fraction": "SHARE",
+        "stall_timeout_s": "SECONDS",
         "dry_run": None,
         "abandon_run": None,
         "single_writer": None,
@@ -220,6 +221,8 @@ class Config(BaseSettings):
 
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of all images in scope that may fail, 0 to 1; above it nothing is published, and a larger one continues."""
+    stall_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
+    """Where nothing moves for so long, what is left is begun anew; if nothing at all was done, the run ends."""
     dry_run: bool = False
     """Stop after the plan: say what would be done and write no labels."""
     abandon_run: bool = False

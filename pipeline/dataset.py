@@ -23,6 +23,7 @@ import ray
 import ray.data
 import ray.exceptions
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import canary, engine, parts, plan, storage
@@ -41,7 +42,8 @@ Every wave starts its actors again, about 6 s on 2 cores: 4 % of a wave of full 
 s), 1 % on 64 cores that decode 100 images/s each (655 s). A longer wave would start them less often, but hold more, and
 queueing it takes 0.8 ms per unit before its first task.
 """
-NO_PROGRESS_TIMEOUT_S = 1800
+STALL_TIMEOUT_S = 1800.0
+"""Time in which nothing at all moves, after which a dataset is given up."""
 
 
 class Work(NamedTuple):
@@ -61,6 +63,7 @@ class Task:
     run_id: str
     recipe: Recipe
     object_deadline_s: float
+    stall_timeout_s: float
     model: str
     model_revision: str
     weights_digest: str
@@ -180,7 +183,8 @@ def _checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vector
 def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
     """Do the work, in waves, and give a summary of each unit as its part is committed, in no order.
 
-    A wave whose process dies is begun again with what it had not finished; LabelBucketError if that was all of it.
+    A wave whose process dies, or in which nothing moves for `stall_timeout_s`, is begun again with what it had not
+    finished, by new processes; LabelBucketError if that was all of it.
     """
     for wave in _batched(work, UNITS_PER_WAVE):
         left = {each.unit_id: each for each in wave}
@@ -190,13 +194,20 @@ def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Itera
                 for unit in _wave_beside_this_process(task, resources, list(left.values())):
                     del left[unit.unit_id]
                     yield unit
-            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-                died = f"the process that looks after {num_left:,} unit(s) died on this node"
+            except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ExecutionTimeoutError) as error:
+                is_stalled = isinstance(error, ExecutionTimeoutError)
+                why = (
+                    f"nothing moved for {task.stall_timeout_s:g} s"
+                    if is_stalled
+                    else "the process that looks after them died on this node"
+                )
                 if len(left) == num_left:
+                    look_for = "hangs, or whether it has the nodes it needs" if is_stalled else "was killed, and why"
                     raise LabelBucketError(
-                        f"{died} before one was done; look for what killed it, such as memory; the same command resumes"
+                        f"expected some of {num_left:,} unit(s) to be done, found none: {why}; look at the cluster for"
+                        f" what {look_for}; the same command resumes"
                     ) from error
-                _log.warning("%s: %s of them are begun again", died, f"{len(left):,}")
+                _log.warning("%s: %s of %s unit(s) are begun again", why, f"{len(left):,}", f"{num_left:,}")
 
 
 def _wave_beside_this_process(task: Task, resources: Resources, work: Sequence[Work]) -> Iterator[UnitSummary]:
@@ -222,7 +233,7 @@ def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Itera
 
 def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
     """The pipeline over one wave of units."""
-    set_context(max_block_bytes=None, preserve_order=False)
+    set_context(max_block_bytes=None, preserve_order=False, stall_timeout_s=task.stall_timeout_s)
     # Not from_arrow with a table per unit: it runs a task per table for its metadata, 50 kB and 2.6 ms per unit.
     units = ray.data.from_items([each._asdict() for each in work], override_num_blocks=len(work))
     labeled = prepare_and_label(units, partial(_prepare, task), _Label, (task, resources.device), resources)
@@ -235,14 +246,14 @@ def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
     )
 
 
-def set_context(*, max_block_bytes: int | None, preserve_order: bool) -> None:
+def set_context(*, max_block_bytes: int | None, preserve_order: bool, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
     """How this driver's datasets run: without a word, and with errors as they were raised."""
     context = DataContext.get_current()
     context.target_max_block_size = max_block_bytes
     context.enable_progress_bars = False
     context.execution_options.preserve_order = preserve_order
     context.execution_options.verbose_progress = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.execution_no_progress_timeout_s = stall_timeout_s
     # Or the engine raises its own exception in the worker, and ours, its cause, is lost on the way to the driver.
     context.raise_original_map_exception = True
 

@@ -5,7 +5,8 @@ pay for torch: the import happens in the actor's constructor.
 """
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,9 +17,12 @@ import pyarrow.compute as pc
 
 from pipeline import canary, checkpoint, schema
 from pipeline.errors import ConfigError, FailureKind
+from pipeline.storage import describe
 
 if TYPE_CHECKING:
     from pipeline.model import Precision, Prediction
+
+_log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
 
@@ -75,7 +79,7 @@ class Labeler:
         self._classifier = torch_model.load(
             found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
         )
-        self._predict = torch_model.predict
+        self._predict, self._is_out_of_memory = torch_model.predict, torch_model.is_out_of_memory
         self._model, self._spec = model, spec
         self._label_names = np.array(found.label_names, dtype=object)
         self._top_k = top_k
@@ -104,13 +108,12 @@ class Labeler:
         pixels = pixel_views(table["pixels"], self._batch_BHWC.shape[1:])
         rows = np.flatnonzero(table["failure_kind"].is_null().to_numpy()).tolist()
         results = _Results(len(table), self._top_k, self._embedding_dim)
-        for start in range(0, len(rows), len(self._batch_BHWC)):
-            batch_rows = rows[start : start + len(self._batch_BHWC)]
-            images = [image for row in batch_rows if (image := pixels[row]) is not None]
-            if len(images) != len(batch_rows):
-                uri = next(table["uri"][row] for row in batch_rows if pixels[row] is None)
-                raise ValueError(f"{uri}: expected a failure or a model input's pixels, found neither")
-            results.put(batch_rows, self._predict_padded(images, top_k=self._top_k))
+        images = [image for row in rows if (image := pixels[row]) is not None]
+        if len(images) != len(rows):
+            uri = next(table["uri"][row] for row in rows if pixels[row] is None)
+            raise ValueError(f"{uri}: expected a failure or a model input's pixels, found neither")
+        for batch, prediction in self._predict_all(images, top_k=self._top_k):
+            results.put(rows[batch], prediction)
         return self._to_table(table, results)
 
     def canary_vectors(self) -> canary.Vectors:
@@ -119,18 +122,41 @@ class Labeler:
         The embedding; without one (pooling `none`) the centred logits. Raises ConfigError if a vector is not finite.
         """
         images, vectors = canary.pixels(self._spec), []
-        for start in range(0, len(images), len(self._batch_BHWC)):
-            batch = images[start : start + len(self._batch_BHWC)]
-            found = self._predict_padded(batch, top_k=len(self._label_names))
-            vectors.append(canary.vectors_of(found.label_ids_Bk, found.scores_Bk, found.embedding_BD)[: len(batch)])
+        for batch, found in self._predict_all(images, top_k=len(self._label_names)):
+            num_images = len(images[batch])
+            vectors.append(canary.vectors_of(found.label_ids_Bk, found.scores_Bk, found.embedding_BD)[:num_images])
         canary.check_lengths(np.concatenate(vectors), self._model)
         return np.concatenate(vectors)
 
-    def _predict_padded(self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int) -> "Prediction":
-        """One micro-batch, of which the first `len(images)` rows count."""
-        for position, image in enumerate(images):
-            self._batch_BHWC[position] = image
-        return self._predict(self._classifier, self._batch_BHWC, top_k=top_k)
+    def _predict_all(
+        self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int
+    ) -> Iterator[tuple[slice, "Prediction"]]:
+        """Micro-batch by micro-batch: which images, and their prediction, of whose rows only so many count.
+
+        Where the device runs out of memory, the micro-batches of this actor are halved for good. ConfigError if not
+        even one image fits.
+        """
+        start = 0
+        while start < len(images):
+            batch = slice(start, start + len(self._batch_BHWC))
+            for position, image in enumerate(images[batch]):
+                self._batch_BHWC[position] = image
+            try:
+                prediction = self._predict(self._classifier, self._batch_BHWC, top_k=top_k)
+            except Exception as error:
+                if not self._is_out_of_memory(error):
+                    raise
+                size = len(self._batch_BHWC)
+                if size == 1:
+                    raise ConfigError(
+                        f"model {self._model}: expected memory for one image of {self._spec.input_px} px on this node,"
+                        f" found too little: {describe(error)}; use nodes or devices with more, or fewer --gpu-actors"
+                    ) from error
+                _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
+                self._batch_BHWC = self._batch_BHWC[: size // 2].copy()
+                continue
+            yield batch, prediction
+            start = batch.stop
 
     def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
         nonfinite = pa.array(results.is_nonfinite)

@@ -98,6 +98,9 @@ class Classifier(torch.nn.Module):
                 return tokens_BTD[:, self._num_special_tokens :].mean(dim=1)
 
 
+_OUT_OF_CPU_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
+
+
 def load(
     checkpoint: Checkpoint, spec: PreprocessSpec, *, pooling: Pooling, device: str, precision: Precision
 ) -> Classifier:
@@ -140,6 +143,12 @@ def predict(classifier: Classifier, pixels_BHWC: npt.NDArray[np.uint8], *, top_k
             embedding_BD=None if embedding_BD is None else embedding_BD.cpu().numpy(),
             is_finite_B=is_finite_B.cpu().numpy(),
         )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a forward pass failed because memory ran out. On CPU, torch and oneDNN have no exception of their own."""
+    is_of_cpu = isinstance(error, RuntimeError) and any(each in str(error) for each in _OUT_OF_CPU_MEMORY)
+    return is_of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def prepare_process(num_threads: int | None) -> None:

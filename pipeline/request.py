@@ -227,6 +227,7 @@ def worker_task(
             has_stats=has_stats,
         ),
         object_deadline_s=config.object_deadline_s,
+        stall_timeout_s=config.stall_timeout_s,
         model=portable(config.model),
         model_revision=request.checkpoint.revision,
         weights_digest=request.checkpoint.weights_digest,

@@ -7,7 +7,10 @@ Keys are relative to the store's root and opaque: never decoded, normalized or s
 """
 
 import hashlib
+import math
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
@@ -22,6 +25,9 @@ NUM_READS = 3
 """Reads of an object whose content does not match its listing, before it is UnstableError."""
 MAX_PUT_BYTES = 96 * 2**20
 """A conditional PUT must be a single request; s3fs and S3 both take that up to this size and beyond."""
+MAX_REPEATS_PER_S = 1.5
+"""Repeated requests a second of a process that gets no answers; each answer it gets allows one more."""
+_MAX_SAVED_REPEATS = 5.0
 PAGE_OBJECTS = 1000
 """Keys in a page; what one S3 LIST request returns."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
@@ -103,18 +109,64 @@ class AgainError(Exception):
     """This attempt failed in a way that the next one may not."""
 
 
+class Repeats:
+    """How many requests of this process may be asked again, and when.
+
+    Backoff alone does not bound the rate: sixteen threads that each wait up to 5 s still ask a store that is down 16 to
+    23 times a second. An answer earns one repetition; without answers there are MAX_REPEATS_PER_S.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left = _MAX_SAVED_REPEATS
+        self._counted_at_s = time.monotonic()
+
+    def earn(self) -> None:
+        """An answer came."""
+        with self._lock:
+            self._left = min(_MAX_SAVED_REPEATS, self._left + 1)
+
+    def take(self, within_s: float) -> float:
+        """Seconds to wait before asking again; infinity, and nothing is taken, if that would be after `within_s`."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._left = min(_MAX_SAVED_REPEATS, self._left + (now_s - self._counted_at_s) * MAX_REPEATS_PER_S)
+            self._counted_at_s = now_s
+            wait_s = max(0.0, 1 - self._left) / MAX_REPEATS_PER_S
+            if wait_s > within_s:
+                return math.inf
+            self._left -= 1
+            return wait_s
+
+
+repeats = Repeats()
+_jitter = tenacity.wait_random_exponential(multiplier=0.2, max=5)  # full jitter
+
+
 def until_deadline(attempt: Callable[[], _T], what: str, deadline_s: float) -> _T:
     """`attempt` until it does not raise AgainError; UnavailableError at the deadline. The only retry loop there is."""
+
+    def wait_s(state: tenacity.RetryCallState) -> float:
+        jitter_s = _jitter(state)
+        return max(jitter_s, repeats.take(deadline_s - (state.seconds_since_start or 0) - jitter_s))
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(AgainError),
-        stop=tenacity.stop_after_delay(deadline_s),
-        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),  # full jitter
+        stop=tenacity.stop_before_delay(deadline_s),
+        wait=wait_s,
     )
     try:
-        return retrying(attempt)
+        answer = retrying(attempt)
     except tenacity.RetryError as error:
         cause = error.last_attempt.exception()
-        raise UnavailableError(f"{what}: no usable answer within {deadline_s:.3g} s; last: {cause}") from cause
+        raise unavailable(what, deadline_s, str(cause)) from cause
+    repeats.earn()
+    return answer
+
+
+def unavailable(what: str, deadline_s: float, last: str) -> UnavailableError:
+    """What to raise at the deadline."""
+    return UnavailableError(f"{what}: no usable answer within {deadline_s:.3g} s; last: {last}")
 
 
 def reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float, num_reads: int = NUM_READS) -> bytes:

@@ -8,6 +8,7 @@ never pass through: every process builds its own client from the standard AWS va
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import threading
 import time
@@ -48,8 +49,8 @@ def _build_s3() -> Any:
         skip_instance_cache=True,
         session=session,
         config_kwargs={
-            # Retry layers multiply; the ones below s3fs retry within a second or two, `until_deadline` does the rest.
-            "retries": {"mode": "standard", "total_max_attempts": 2},
+            # Retry layers multiply: `until_deadline` is the only one.
+            "retries": {"mode": "standard", "total_max_attempts": 1},
             "connect_timeout": 5,
             "read_timeout": 15,
             "max_pool_connections": 64,
@@ -112,10 +113,13 @@ class S3Store:
         self._prefix = f"{prefix}/" if prefix else ""
 
     def _call(self, what: str, deadline_s: float, coroutine: Callable[..., Any], **arguments: Any) -> Any:
+        # The client's own limits are per read: a server that sends a byte now and then never meets them. Half of the
+        # deadline (of an upload, all but 15 s) is left for another attempt.
+        attempt_s = deadline_s - min(deadline_s, store.DEADLINE_S) / 2
+
         async def attempt() -> Any:
             store_s3_get.check_endpoint(str((await _s3().set_session()).meta.endpoint_url))
-            # The client's own limits are per read: a server that sends a byte now and then never meets them.
-            return await asyncio.wait_for(coroutine(Bucket=self._bucket, **arguments), deadline_s)
+            return await asyncio.wait_for(coroutine(Bucket=self._bucket, **arguments), attempt_s)
 
         try:
             return fsspec.asyn.sync(_s3().loop, attempt)
@@ -165,7 +169,12 @@ class S3Store:
         started_s = time.monotonic()
         data = store_s3_get.read(_s3(), self._bucket, path, listed, deadline_s)
         if data is None:
-            data = self._get(key, listed, deadline_s - (time.monotonic() - started_s), num_reads=store.NUM_READS - 1)
+            wait_s = store.repeats.take(deadline_s - (time.monotonic() - started_s))
+            if math.isinf(wait_s):
+                raise store.unavailable(f"get {self.root}/{key}", deadline_s, "too many requests had no answer")
+            time.sleep(wait_s)
+            left_s = deadline_s - (time.monotonic() - started_s)
+            data = self._get(key, listed, left_s, num_reads=store.NUM_READS - 1)
             store_s3_get.lost(self._bucket)
         return data
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import fsspec.asyn
 
 from pipeline.errors import SourceError, UnstableError
-from pipeline.store import ObjectInfo, check_md5, check_size
+from pipeline.store import ObjectInfo, check_md5, check_size, repeats
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -55,10 +55,26 @@ def read(client: Any, bucket: str, key: str, listed: ObjectInfo, deadline_s: flo
         data = bytes(found.bytes())
         check_size(data, listed, key)
         check_md5(data, listed.etag, key)
-    except (obstore.exceptions.BaseError, OSError, UnstableError):
+    except (obstore.exceptions.BaseError, OSError, UnstableError) as error:
+        if isinstance(error, (UnstableError, *_answers())):
+            repeats.earn()
         return None
     _num_lost.pop(bucket, None)
+    repeats.earn()
     return data
+
+
+@functools.cache
+def _answers() -> tuple[type[Exception], ...]:
+    """Errors of obstore that are what the store said, and no sign of an outage."""
+    from obstore import exceptions
+
+    return (
+        exceptions.NotFoundError,
+        exceptions.PermissionDeniedError,
+        exceptions.UnauthenticatedError,
+        exceptions.PreconditionError,
+    )
 
 
 def lost(bucket: str) -> None:

@@ -4,6 +4,7 @@ One head serves the whole test session, because starting one takes 10 to 20 s. I
 that its workers have that server's address in their environment, and ended by its process group, never by name.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -22,6 +23,22 @@ JOB = ROOT / "jobs" / "label_bucket.py"
 _START_DEADLINE_S = 120
 
 
+@dataclass(frozen=True)
+class Node:
+    """Another node of a cluster, in a session of its own."""
+
+    session: int
+
+    def processes(self, title: str) -> list[int]:
+        """Processes of this node whose command line begins with `title`."""
+        return processes(self.session, title)
+
+    def raylet(self) -> int:
+        """The process that is the node: without it the others end, and the cluster counts it as dead."""
+        (pid,) = [pid for pid in self.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "raylet"]
+        return pid
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Where a head listens, and the environment in which commands find it."""
@@ -29,6 +46,16 @@ class Head:
     address: str
     dashboard_url: str
     environment: dict[str, str]
+    session: int
+    """That of every process it started."""
+
+    def processes(self, title: str) -> list[int]:
+        """Processes of this head whose command line begins with `title`: Ray writes there what a worker does."""
+        return processes(self.session, title)
+
+    def rss_bytes(self) -> int:
+        """Of its largest process."""
+        return max((_rss_bytes(pid) for pid in self.processes("")), default=0)
 
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
@@ -70,6 +97,39 @@ class Head:
                 yield driver
             finally:
                 driver.kill()
+
+    @contextmanager
+    def node(self, *, num_cpus: int = 1) -> Iterator[Node]:
+        """Another node, on this machine, which has joined. One at a time: two at once stop each other now and then."""
+        num_cpus_before = self.num_cpus()
+        (agent_port,) = _free_ports(1)
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            *("start", f"--address={self.address}", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
+            *("--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent_port}"),
+            "--object-store-memory=300000000",
+        ]
+        process = subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            wait_until(lambda: self.num_cpus() > num_cpus_before)
+            yield Node(process.pid)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def num_cpus(self) -> float:
+        """What the cluster has now, of all nodes that live."""
+        from ray.util import state  # only now: see pytest_configure
+
+        nodes = state.list_nodes(self.dashboard_url)
+        return sum(float((each.resources_total or {}).get("CPU", 0)) for each in nodes if each.state == "ALIVE")
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""
@@ -125,7 +185,7 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
     try:
         url = f"http://127.0.0.1:{dashboard_port}"
         _wait_until_answering(head, f"{url}/api/jobs/", environment["RAY_AUTH_TOKEN"])
-        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full)
+        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full, session=head.pid)
     finally:
         # Its session holds every process that it started; there is nothing in it to keep.
         os.killpg(head.pid, signal.SIGKILL)
@@ -139,6 +199,26 @@ def wait_until(is_true: Callable[[], bool], deadline_s: float = 120) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the condition did not hold within {deadline_s} s")
         time.sleep(0.05)
+
+
+def processes(session: int, title: str) -> list[int]:
+    """Running processes of a session whose command line begins with `title`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(its_session) == session and state not in "ZX":
+                    command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if command.startswith(title):
+                        found.append(int(folder.name))
+    return found
+
+
+def _rss_bytes(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int((Path("/proc") / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _wait_until_answering(head: "subprocess.Popen[str]", url: str, token: str) -> None:

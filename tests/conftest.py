@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import effort
 import pytest
 import servers
 from cluster import Head, running_head
@@ -17,6 +18,11 @@ from pipeline import store_s3
 def pytest_configure() -> None:
     """Authenticate everything of Ray in these tests: read by its core when a test module imports it."""
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How hard it was tried."""
+    terminalreporter.write_line(", ".join(f"{number:,} {what}" for what, number in effort.COUNTS.items()))
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +41,8 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def head(s3: S3Server) -> Iterator[Head]:
-    """A Ray head whose workers reach the S3 server."""
-    with running_head({**os.environ, **s3.environment()}) as running:
+    """A Ray head whose workers reach the S3 server through the proxy, with a secret that must be found nowhere."""
+    with running_head({**os.environ, **s3.canary_environment()}) as running:
         yield running
 
 

@@ -1,13 +1,16 @@
 """A real S3 server for the tests, and a small proxy in front of it that can spoil answers.
 
 moto runs in its own process; the proxy runs in threads of this one, forwards everything unchanged, and applies the
-faults that a test asked for. Clients of this process always talk through the proxy, so one endpoint is valid for a
-session.
+faults that a test asked for: chosen ones (`Fault`) or a storm of them (`Storm`). Clients of this process and of the
+session's Ray head always talk through the proxy, so one endpoint is valid for a session.
 """
 
 import http.client
 import math
 import os
+import random
+import re
+import secrets
 import socket
 import struct
 import subprocess
@@ -15,37 +18,58 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import boto3
+import effort
 
 _CODES = {
     400: "InvalidRequest",
     403: "AccessDenied",
     404: "NoSuchKey",
     409: "ConditionalRequestConflict",
+    429: "TooManyRequests",
     500: "InternalError",
     503: "SlowDown",
 }
 _HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
+_MAX_HANG_S = 60.0
+
+Kind = (
+    int
+    | Literal["slow", "stall", "hang", "drip"]
+    | Literal["reset", "answer_lost", "done_then_500", "twin"]
+    | Literal["cut", "cut_fin", "short", "flip", "swapped", "exchanged"]
+    | Literal["slow_down_html", "expired_token", "error_in_200"]
+    | Literal["repeated_page", "dropped_token", "stale_page"]
+    | Literal["unconditional"]
+)
+"""What a fault does. A number is answered instead of forwarding, and so are `slow_down_html` (503 from a load
+balancer), `expired_token` (400) and `error_in_200`.
+
+`slow` forwards after 50 ms, `stall` after 3 s, `hang` never answers, `drip` sends the body a byte every 100 ms.
+`reset` closes the connection before forwarding; `answer_lost` after it; `done_then_500` forwards and says that it
+failed; `twin` forwards twice and gives the second answer, as if another process had won a race.
+`cut` sends half of the body and RST, `cut_fin` the same and FIN, `short` all but one byte of it with a matching length,
+`flip` all of it with one bit changed, `swapped` as many other bytes, `exchanged` the body of the object read before.
+Of a listing, `repeated_page` is the first page where another was asked for, `dropped_token` says that more follows but
+not where, `stale_page` lacks its last object. `unconditional` forwards without conditions, which some stores ignore.
+"""
+LATENCY = frozenset({"slow", "stall"})
+"""Kinds that no client has to notice."""
 
 
 @dataclass
 class Fault:
-    """What happens to the first `times` requests of this method whose path, unquoted, ends with `key`.
+    """What happens to the first `times` requests of this method (or `any`) whose path, unquoted, ends with `key`."""
 
-    A number is answered instead of forwarding. `slow` forwards after 50 ms, `stall` after 3 s. `reset` closes the
-    connection before forwarding, `answer_lost` after it. `cut` sends half of the body, `short` all but one byte of it
-    with a matching length, `flip` all of it with one bit changed, `swapped` as many other bytes.
-    `unconditional` forwards without conditions, as a store that ignores them.
-    """
-
-    kind: int | Literal["slow", "stall", "reset", "answer_lost", "cut", "short", "flip", "swapped", "unconditional"]
+    kind: Kind
     method: str
     key: str
     times: float = 1
@@ -55,6 +79,40 @@ class Fault:
     def always(cls, kind: Any, method: str, key: str) -> "Fault":
         """The fault that does not go away."""
         return cls(kind, method, key, math.inf)
+
+
+@dataclass
+class Storm:
+    """Faults at random. Whether a request meets one depends on `seed`, its operation, its path and how often that was
+    asked for; which one, on which kinds fired least, so that all of them do.
+    """
+
+    seed: int
+    kinds: Mapping[str, Sequence[Kind]]
+    """Of each operation: GET, LIST, PUT, DELETE."""
+    probability: Mapping[str, float]
+    path: re.Pattern[str] = field(default_factory=lambda: re.compile(""))
+    """Only requests whose unquoted path, without the query, has a match for this."""
+    max_per_path: int = 2
+    """Faults of one operation on one path: more in a row would rightly become a row of failures/, or end a run."""
+    num_hits: Counter[tuple[str, Kind]] = field(default_factory=Counter)
+    """By operation and kind."""
+    _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _met: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def choose(self, operation: str, path: str) -> Kind | None:
+        """The fault of this request, if it meets one."""
+        place = (operation, path)
+        if operation not in self.kinds or not self.path.search(path) or self._met[place] >= self.max_per_path:
+            return None
+        self._asked[place] += 1
+        rng = random.Random(f"{self.seed} {operation} {path} {self._asked[place]}")
+        if rng.random() >= self.probability[operation]:
+            return None
+        self._met[place] += 1
+        kind = min(self.kinds[operation], key=lambda each: (self.num_hits[operation, each], rng.random()))
+        self.num_hits[operation, kind] += 1
+        return kind
 
 
 @dataclass
@@ -73,10 +131,19 @@ class S3Server:
     """Of each request: its unquoted path with its query, and what the client calls itself."""
     max_in_flight: int = 0
     """The most requests that were in the proxy at once; a test may set it back."""
+    storm: Storm | None = None
+    last_body: bytes = b""
+    """What was answered last."""
+    secret: str = field(default_factory=lambda: f"canary-{secrets.token_hex(16)}")
+    """The secret key of the session's Ray head: it must be found nowhere."""
 
     def environment(self) -> dict[str, str]:
         """The standard variables that lead a client of another process to moto itself."""
         return {**credentials(), "AWS_ENDPOINT_URL": self.direct_url}
+
+    def canary_environment(self) -> dict[str, str]:
+        """The same through the proxy, with the secret that must be found nowhere."""
+        return {**credentials(), "AWS_ENDPOINT_URL": self.url, "AWS_SECRET_ACCESS_KEY": self.secret}
 
     def create_bucket(self) -> str:
         """The s3:// URL of a new bucket."""
@@ -141,6 +208,37 @@ def _moto() -> Iterator[str]:
         process.wait()
 
 
+def _error(status: int, code: str = "") -> bytes:
+    return f"<Error><Code>{code or _CODES[status]}</Code><Message>as asked</Message></Error>".encode()
+
+
+def _refusal(kind: Any) -> tuple[int, dict[str, str], bytes] | None:
+    """Status, headers and body of an answer that needs no store."""
+    if isinstance(kind, int):
+        return kind, {}, _error(kind)
+    if kind == "slow_down_html":
+        return 503, {"Content-Type": "text/html"}, b"<html><body><h1>503 Service Unavailable</h1></body></html>"
+    if kind == "expired_token":
+        return 400, {}, _error(400, "ExpiredToken")
+    if kind == "error_in_200":
+        return 200, {"Content-Type": "application/xml"}, b'<?xml version="1.0" encoding="UTF-8"?>\n' + _error(500)
+    return None
+
+
+def _without(data: bytes, pattern: bytes) -> bytes:
+    changed, number = re.subn(pattern, b"", data, count=1)
+    assert number, f"the fault found nothing to take away with {pattern!r}"
+    return changed
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a killed client is no news
+            super().handle_error(request, client_address)
+
+
 class _InFlight:
     """Counts the requests inside its `with`."""
 
@@ -176,50 +274,79 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             kind = self._fault()
-            if kind in ("slow", "stall"):
+            if kind in LATENCY:
                 with in_flight:  # until the answer begins: a quick client asks again before this thread has ended
                     time.sleep(0.05 if kind == "slow" else 3)
-            if isinstance(kind, int):
-                self._send(kind, {}, f"<Error><Code>{_CODES[kind]}</Code><Message>as asked</Message></Error>".encode())
-                return
             if kind == "reset":
                 self._reset()
-                return
-            if kind == "unconditional":
-                del self.headers["If-None-Match"], self.headers["If-Match"]
-            status, headers, data = self._forward(body)
+            elif kind == "hang":
+                self._wait_for_the_client_to_give_up()
+            elif refusal := _refusal(kind):
+                self._send(*refusal)
+            else:
+                self._answer_with(kind, *self._forward(body, kind))
+
+        def _answer_with(self, kind: Any, status: int, headers: dict[str, str], data: bytes) -> None:
             if kind == "answer_lost":
                 self._reset()
-            elif kind == "cut":
+            elif kind == "done_then_500":
+                self._send(500, {}, _error(500))
+            elif kind in ("cut", "cut_fin"):
                 self._send(status, headers, data, num_sent=len(data) // 2)
-                self._reset()
+                self.close_connection = True
+                if kind == "cut":
+                    self._reset()
+            elif kind == "drip":
+                self._drip(status, headers, data)
             elif kind == "short":
                 self._send(status, headers, data[:-1])
             elif kind == "flip":
                 self._send(status, headers, bytes([data[0] ^ 1]) + data[1:])
             elif kind == "swapped":
                 self._send(status, headers, bytes(len(data)))
+            elif kind == "exchanged":
+                self._send(status, headers, s3.last_body or bytes(len(data)))
+            elif kind == "dropped_token":
+                self._send(status, headers, _without(data, rb"<NextContinuationToken>.*?</NextContinuationToken>"))
+            elif kind == "stale_page":
+                self._send(status, headers, _without(data, rb"(?s)<Contents>(?!.*<Contents>).*?</Contents>"))
             else:
                 self._send(status, headers, data)
+                s3.last_body = data
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any  # noqa: N815
 
         def _fault(self) -> Any:
-            path = unquote(self.path)
+            path, _, query = unquote(self.path).partition("?")
             with lock:
-                s3.requests.append((self.command, path))
-                s3.agents.append((path, self.headers.get("User-Agent", "")))
-                for fault in s3.faults:
-                    is_meant = fault.method == self.command and path.partition("?")[0].endswith(fault.key)
-                    if is_meant and fault.num_hits < fault.times:
-                        fault.num_hits += 1
-                        return fault.kind
+                s3.requests.append((self.command, unquote(self.path)))
+                s3.agents.append((unquote(self.path), self.headers.get("User-Agent", "")))
+                kind = self._chosen_fault(path)
+                if kind is None and s3.storm is not None:
+                    kind = s3.storm.choose("LIST" if "list-type=2" in query else self.command, path)
+                if kind is not None and kind not in LATENCY:
+                    effort.COUNTS["faults injected"] += 1
+            return kind
+
+        def _chosen_fault(self, path: str) -> Any:
+            for fault in s3.faults:
+                is_meant = fault.method in (self.command, "any") and path.endswith(fault.key)
+                if is_meant and fault.num_hits < fault.times:
+                    fault.num_hits += 1
+                    return fault.kind
             return None
 
-        def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        def _forward(self, body: bytes, kind: Any) -> tuple[int, dict[str, str], bytes]:
+            path = self.path
+            if kind == "unconditional":
+                del self.headers["If-None-Match"], self.headers["If-Match"]
+            elif kind == "repeated_page":
+                path = re.sub(r"&?continuation-token=[^&]*", "", path)
+            elif kind == "twin":
+                self._forward(body, None)
             connection = http.client.HTTPConnection(upstream, timeout=30)
             try:
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
                     if name.lower() not in _HOP_BY_HOP:
                         connection.putheader(name, value)
@@ -239,14 +366,28 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             self.end_headers()
             self.wfile.write(data[:num_sent])
 
+        def _drip(self, status: int, headers: dict[str, str], data: bytes) -> None:
+            self.close_connection = True
+            self._send(status, headers, data, num_sent=0)
+            with suppress(OSError):  # the client gives up
+                for number in range(len(data)):
+                    self.wfile.write(data[number : number + 1])
+                    self.wfile.flush()
+                    time.sleep(0.1)
+
+        def _wait_for_the_client_to_give_up(self) -> None:
+            self.close_connection = True
+            self.connection.settimeout(_MAX_HANG_S)
+            with suppress(OSError):
+                self.connection.recv(1)
+
         def _reset(self) -> None:
             # A linger time of zero makes close() send RST.
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    with _Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         s3.url = f"http://127.0.0.1:{server.server_port}"

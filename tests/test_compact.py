@@ -207,6 +207,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(checkpoints.write_small(tmp_path_factory.mktemp("model")))
 
 
+@pytest.mark.slow
 def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_compaction_left(
     head: Head, model: str
 ) -> None:

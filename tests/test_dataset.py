@@ -47,6 +47,7 @@ def planned(tmp_path: Path) -> tuple[dataset.Task, plan.RangePlan]:
         run_id="run",
         recipe=Recipe(spec=spec, limits=decode.DEFAULT_LIMITS),
         object_deadline_s=5,
+        stall_timeout_s=1800,
         model=found.folder,
         model_revision=found.revision,
         weights_digest=found.weights_digest,

@@ -9,6 +9,7 @@ import zlib
 from io import BytesIO
 from pathlib import Path
 
+import hostile
 import images
 import numpy as np
 import pytest
@@ -405,33 +406,9 @@ def test_bytes_that_look_like_scans_outside_of_the_picture_do_not_count() -> Non
     assert_quadrants(decode(data + b"\xff\xda" * 500), 6)
 
 
-def metadata_bombs() -> dict[str, bytes]:
-    inflating = zlib.compress(bytes(3 * 2**20))
-    row = b"\0abc"
-    jpeg = images.encode(images.quadrants(), "JPEG")
-    gif = images.encode(images.quadrants(), "GIF")
-    gif_header = 13 + (3 << ((gif[10] & 7) + 1))
-    entry = struct.pack("<HHQQ", 256, 3, 1, 1)
-    strips = struct.pack("<HHII", 273, 4, 1_100_000, 8)
-    return {
-        "PNG text": images.png(1, 1, chunks=images.png_chunk(b"zTXt", b"k\0\0" + inflating), rows=row),
-        "PNG profile": images.png(1, 1, chunks=images.png_chunk(b"iCCP", b"k\0\0" + inflating), rows=row),
-        "PNG text behind": images.png(1, 1, rows=row, after=images.png_chunk(b"iTXt", bytes(17 * 2**20))),
-        "PNG chunks": images.png(1, 1, chunks=images.png_chunk(b"tEXt", b"") * 66_000, rows=row),
-        "JPEG segments": jpeg[:2] + b"\xff\xe5\0\2" * 70_000 + jpeg[2:],
-        "JPEG segment bytes": jpeg[:2] + (b"\xff\xe5\xff\xff" + bytes(65_533)) * 260 + jpeg[2:],
-        "JPEG junk": jpeg[:2] + b"\xff" * 1_100_000 + jpeg[2:],
-        "JPEG junk only": jpeg[:2] + b"\xff" + bytes(1_100_000),
-        "GIF comment": gif[:gif_header] + b"!\xfe" + b"\1a" * 70_000 + b"\0" + gif[gif_header:],
-        "GIF extensions": gif[:gif_header] + b"!\xfe\0" * 70_000 + gif[gif_header:],
-        "TIFF entries": b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 70_000) + entry * 70_000,
-        "TIFF values": b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + strips + bytes(4 * 1_100_000),
-    }
-
-
-@pytest.mark.parametrize("name", metadata_bombs())
+@pytest.mark.parametrize("name", hostile.metadata_bombs())
 def test_a_metadata_bomb_is_refused_at_little_cost(name: str) -> None:
-    data = metadata_bombs()[name]
+    data = hostile.metadata_bombs()[name]
     started = time.process_time()
     assert failure(data).kind == FailureKind.BOMB_METADATA
     assert time.process_time() - started < 0.5

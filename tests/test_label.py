@@ -336,3 +336,66 @@ def test_naming_the_actor_class_does_not_import_torch() -> None:
     code = "import sys; from pipeline.label import Labeler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert pickle.loads(pickle.dumps(Labeler)) is Labeler
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+IN_LITTLE_MEMORY = """
+import pickle, re, resource, sys
+from pathlib import Path
+import numpy as np
+from pipeline.label import Labeler
+
+arguments, images, spare_bytes, into = pickle.loads(Path(sys.argv[1]).read_bytes())
+labeler = Labeler(**arguments)
+if labeler._batch_BHWC.shape[0] > 1:
+    [*Labeler(**arguments | {"batch_size": 1})._predict_all(images[:1], top_k=3)]  # what only the first pass allocates
+if spare_bytes:
+    used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + spare_bytes,) * 2)
+found = [(batch, each.label_ids_Bk) for batch, each in labeler._predict_all(images, top_k=3)]
+rows = np.concatenate([ids[: len(images[batch])] for batch, ids in found])
+Path(into).write_bytes(pickle.dumps((rows, [len(ids) for _, ids in found])))
+"""
+
+
+def _in_little_memory(
+    tmp_path: Path, batch_size: int, spare_bytes: int
+) -> tuple[npt.NDArray[np.int32], list[int], str]:
+    """Labels and sizes of the micro-batches of DeiT-tiny over 70 pictures, and the error, of a process of its own."""
+    tiny = checkpoints.PUBLISHED[0]
+    found = checkpoint.resolve(str(checkpoints.write_published(tmp_path / "model", tiny)))
+    arguments = {
+        "model": found.source,
+        "revision": found.revision,
+        "weights_digest": found.weights_digest,
+        "spec": checkpoints.squash_spec(224),
+        "pooling": "pooled",
+        "top_k": 3,
+        "device": "cpu",
+        "batch_size": batch_size,
+    }
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(70)]
+    given, into = tmp_path / "given", tmp_path / "into"
+    given.write_bytes(pickle.dumps((arguments, images, spare_bytes, str(into))))
+    done = subprocess.run(
+        [sys.executable, "-c", IN_LITTLE_MEMORY, str(given)], capture_output=True, text=True, check=False
+    )
+    rows, sizes = pickle.loads(into.read_bytes()) if into.exists() else (np.empty((0, 3), np.int32), [])
+    return rows, sizes, done.stderr
+
+
+def test_an_actor_that_runs_out_of_memory_halves_its_micro_batches_and_labels_every_image(tmp_path: Path) -> None:
+    plenty, sizes, error = _in_little_memory(tmp_path, 64, 0)
+    assert sizes == [64, 64], error
+    little, sizes, error = _in_little_memory(tmp_path, 64, 60 * 2**20)
+    assert sizes[0] < 64, error
+    assert "out of memory with 64 images per forward pass: going on with 32" in error
+    np.testing.assert_array_equal(little, plenty)
+
+
+def test_a_model_that_has_no_memory_for_one_image_says_so(tmp_path: Path) -> None:
+    _, _, error = _in_little_memory(tmp_path, 1, 2**20)
+    assert "ConfigError" in error
+    assert "expected memory for one image of 224 px on this node, found too little" in error

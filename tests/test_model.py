@@ -72,7 +72,10 @@ def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
 # --- parity -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=PUBLISHED, ids=lambda published: published.name)
+@pytest.fixture(
+    params=[pytest.param(each, marks=[pytest.mark.slow] * (each.hidden == 768)) for each in PUBLISHED],
+    ids=[each.name for each in PUBLISHED],
+)
 def published(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Published, Checkpoint]]:
     chosen: Published = request.param
     folder = checkpoints.write_published(tmp_path / chosen.name, chosen)

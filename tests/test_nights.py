@@ -72,6 +72,7 @@ def num_actors(head: Head) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may_pass(head: Head, model: str) -> None:
     client = boto3.client("s3")
     client.create_bucket(Bucket="nights")
@@ -130,6 +131,7 @@ def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may
     assert written == {"_log", "_runs"}
 
 
+@pytest.mark.slow
 def test_failures_are_tried_again_and_everything_is_labeled_anew_when_asked(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -148,6 +150,7 @@ def test_failures_are_tried_again_and_everything_is_labeled_anew_when_asked(
     assert counts == [(5, 1, 0), (0, 1, 5), (5, 1, 0), (0, 0, 6)]
 
 
+@pytest.mark.slow
 def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, model: str, tmp_path: Path) -> None:
     client = boto3.client("s3")
     client.create_bucket(Bucket="emptied")
@@ -174,6 +177,7 @@ def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, mo
     assert published.entries(output)[2]["counts"]["labeled"] == 1
 
 
+@pytest.mark.slow
 def test_a_source_that_is_empty_where_the_workers_are_deletes_nothing_and_the_next_night_sees_all(
     driver: None, model: str, tmp_path: Path
 ) -> None:
@@ -198,6 +202,7 @@ def test_a_source_that_is_empty_where_the_workers_are_deletes_nothing_and_the_ne
     assert (second["counts"]["unchanged"], second["counts"]["deleted"]) == (8, 0)
 
 
+@pytest.mark.slow
 def test_a_night_that_died_long_ago_is_finished_and_then_tonight_is_planned(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -221,6 +226,7 @@ def test_a_night_that_died_long_ago_is_finished_and_then_tonight_is_planned(
     assert counts == [(1, 0), (1, 1)]
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_read_keeps_nobody_from_the_next_night(head: Head, model: str, tmp_path: Path) -> None:
     images, output = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -235,6 +241,7 @@ def test_a_report_that_cannot_be_read_keeps_nobody_from_the_next_night(head: Hea
     assert (first["exit_code"], second["exit_code"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_catalog_file_that_is_gone_or_damaged_ends_the_night_and_restoring_it_finishes_it(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -281,6 +288,7 @@ def test_a_label_file_that_is_gone_stops_the_next_night_before_it_writes(
 # --- at once ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_driver_of_a_run_waits_for_the_first_and_says_what_it_published(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -304,6 +312,7 @@ def test_a_second_driver_of_a_run_waits_for_the_first_and_says_what_it_published
     assert len(published.entries(output)) == 1
 
 
+@pytest.mark.slow
 def test_a_driver_that_went_silent_and_comes_back_ends_in_the_result_of_the_one_that_took_over(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -355,6 +364,7 @@ def test_of_two_different_commands_at_once_one_runs_and_the_other_names_it(
 # --- what it says of itself ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_night_of_other_pictures_is_warned_of_and_an_ordinary_one_is_not(head: Head, tmp_path: Path) -> None:
     images, output = tmp_path / "images", str(tmp_path / "out")
     command = [sys.executable, "jobs/draw_images.py", "--output", str(images), "--num-images=240"]

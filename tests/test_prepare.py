@@ -231,7 +231,7 @@ def test_an_object_that_storage_never_answers_for_is_a_row_and_not_an_outage(
     assert "no usable answer" in table.column("failure_message")[1].as_py()
     for row in (0, 2):
         np.testing.assert_array_equal(pixels_of(table, row), preprocess(decode(files[infos[row].key]), SPEC))
-    assert s3.num_requests("GET", f"{bucket[5:]}/b") == 4  # by each of both clients, twice
+    assert 4 <= s3.num_requests("GET", f"{bucket[5:]}/b") <= 6  # by each of both clients, twice within two deadlines
 
 
 def test_an_outage_that_begins_near_the_end_of_a_unit_raises(

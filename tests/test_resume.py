@@ -8,9 +8,13 @@ from pathlib import Path
 
 import boto3
 import checkpoints
+import effort
 import published
 import pytest
+import verifier
 from cluster import ROOT, Head, wait_until
+from servers import S3Server
+from verifier import Place
 
 from pipeline.draw import draw_file
 
@@ -57,35 +61,42 @@ def _is_planned(output: str) -> bool:
     return any(key.endswith("/plan.json") for key in published.keys(output))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(head: Head, source: str, model: str) -> str:
+    """The output of a run that nothing happened to."""
+    output = "s3://resume/undisturbed"
+    done = head.label_bucket("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", CRASH_POINTS)
 def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
-    head: Head, source: str, model: str
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str, point: str
 ) -> None:
-    undisturbed, disturbed = "s3://resume/undisturbed", "s3://resume/disturbed"
-    options = ("--input", source, "--model", model, "--gpu-actors=1")
-    assert head.label_bucket(*options, "--output", undisturbed).returncode == 0
+    output = f"s3://resume/{point.replace(':', '-')}"
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
+    killed = head.label_bucket(*options, crash_at=point)
+    assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
+    effort.COUNTS["kills survived"] += 1
+    parts, is_committed = published.parts(output), bool(published.entries(output))
+    assert (len(parts) > 0) == (CRASH_POINTS.index(point) >= CRASH_POINTS.index("part-committed"))
+    assert is_committed == (point == "committed")
 
-    parts: dict[str, tuple[str, str]] = {}
-    num_parts = []
-    for point in CRASH_POINTS:
-        killed = head.label_bucket(*options, "--output", disturbed, crash_at=point)
-        assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
-        now = published.parts(disturbed)
-        assert parts.items() <= now.items(), f"a finished part was written again after the crash at {point}"
-        parts = now
-        num_parts.append(len(parts))
-        num_commits = len(published.entries(disturbed))
-        assert num_commits == (point == "committed"), point
-    assert 0 < num_parts[CRASH_POINTS.index("part-committed")] < num_parts[-1] == 5, num_parts
-
-    finished = head.label_bucket(*options, "--output", disturbed)
+    finished = head.label_bucket(*options)
     assert finished.returncode == 0, finished.stderr
-    assert published.parts(disturbed) == parts
-    first, second = published.entries(disturbed)
-    assert first["counts"] == published.entries(undisturbed)[0]["counts"]
-    assert second["counts"]["unchanged"] == 300
+    now = published.parts(output)
+    assert parts.items() <= now.items(), "a finished part was written again"
+    assert len(now) == 5
+    places = [Place(url, s3.client) for url in (output, source, undisturbed)]
+    assert verifier.check(places[0], places[1], exit_code=0, like=places[2]) == []
     for kind in ("labels", "failures"):
-        assert published.table(disturbed, kind).equals(published.table(undisturbed, kind)), kind
-        assert published.table(disturbed, kind).num_rows > 0
+        assert published.table(output, kind).equals(published.table(undisturbed, kind)), kind
+        assert published.table(output, kind).num_rows > 0
+    counts = [entry["counts"] for entry in published.entries(output)]
+    assert counts[0] == published.entries(undisturbed)[0]["counts"]
+    assert [each["unchanged"] for each in counts] == [0, 300][: 1 + is_committed]
 
 
 def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_own(
@@ -126,6 +137,7 @@ def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abando
     assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
 
 
+@pytest.mark.slow
 def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -145,6 +157,7 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
     assert len(uris) == len(set(uris)) == published.entries(output)[1]["counts"]["labeled"]
 
 
+@pytest.mark.slow
 def test_two_live_drivers_of_one_run_end_in_one_exact_result(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -162,6 +175,7 @@ def test_two_live_drivers_of_one_run_end_in_one_exact_result(
     )
 
 
+@pytest.mark.slow
 def test_a_narrower_night_deletes_nothing_that_exists_and_forgets_nothing_that_is_out_of_its_scope(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -227,6 +241,7 @@ def test_a_stopped_driver_says_so_and_the_same_command_resumes(
     assert published.entries(output)[0]["counts"]["listed"] == 300
 
 
+@pytest.mark.slow
 def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_continues_it(
     head: Head, model: str, tmp_path: Path
 ) -> None:

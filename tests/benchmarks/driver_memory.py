@@ -67,6 +67,7 @@ def _measure(num_units: int) -> None:
             run_id="run",
             recipe=Recipe(spec=spec, limits=decode.DEFAULT_LIMITS),
             object_deadline_s=5,
+            stall_timeout_s=1800,
             model=found.folder,
             model_revision=found.revision,
             weights_digest=found.weights_digest,

@@ -1,0 +1,157 @@
+"""Kills and faults together: a run that is killed 25 times and more, on storage that fails all the time, publishes the
+rows of an undisturbed one. And two controls that the verifier must find wrong, or it would prove nothing.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoints
+import pytest
+import verifier
+from cluster import Head, wait_until
+from kills import LABELING, PREPARING, Kills
+from servers import Kind, S3Server, Storm
+from test_faults import GET_KINDS, PUT_KINDS, put_quickly
+from verifier import Place, Reader
+
+from pipeline.draw import draw_file
+
+NUM_OBJECTS = 1600
+MIN_KILLS, MIN_FAULTS = 25, 200
+SEED = 20261125
+
+
+@pytest.fixture(scope="module")
+def source(s3: S3Server) -> Place:
+    """1,600 drawn pictures, some of them broken."""
+    s3.client.create_bucket(Bucket="once")
+    files: dict[str, bytes] = {}
+    for number in range(100):
+        file = draw_file(11, number, broken_fraction=0.03)
+        files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(NUM_OBJECTS // 100)}
+    put_quickly(s3, "once", files)
+    return Place("s3://once/in", s3.client)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write_small(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(head: Head, s3: S3Server, source: Place, model: Path) -> Place:
+    """The output of a run that met neither fault nor kill."""
+    output = Place("s3://once/undisturbed", s3.client)
+    done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    assert verifier.check(output, source, exit_code=0) == []
+    assert verifier.check_labels(output, source, model, 40) == []
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_of_an_undisturbed_one(
+    head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place
+) -> None:
+    output = Place("s3://once/disturbed", s3.client)
+    options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    storm = Storm(
+        SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.08, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
+    )
+    num_units = len([key for key in undisturbed.etags("_runs/") if "/parts/" in key])
+    kills, started_s = Kills(s3, source, output, num_units), time.monotonic()
+
+    s3.storm = storm
+    with Reader(output, head.rss_bytes) as reader:
+        for victims in _victims():
+            with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
+                wait_until(lambda: driver.poll() is not None or kills.staged.look() > 0, 600)
+                last = 0
+                for what, title in victims:
+                    pid = driver.pid if what == "driver" else _new_victim(head, title, last, driver.poll)
+                    assert driver.poll() is None, driver.communicate()[1][-3000:]
+                    kills.kill(what, pid)
+                    last = pid
+                if "driver" not in dict(victims):
+                    _, printed = driver.communicate(timeout=300)
+                    assert driver.returncode == 0, printed[-3000:]
+                else:
+                    driver.wait(10)
+    took_s = time.monotonic() - started_s
+    s3.storm = None
+    num_reads = sum(kills.reads().values())
+    print(
+        f"kills {dict(kills.counts)}, faults {sum(storm.num_hits.values())}, {took_s:.0f} s, {reader.num_polls} polls,"
+    )
+    print(f"{num_reads} reads of {NUM_OBJECTS}, {kills.num_in_flight} in flight, peak {reader.peak_bytes:,}")
+
+    assert sum(kills.counts.values()) >= MIN_KILLS
+    assert min(kills.counts.values()) >= 5
+    assert sum(storm.num_hits.values()) >= MIN_FAULTS
+    assert {kind for kind in GET_KINDS if not storm.num_hits["GET", kind]} == set()
+    num_get_faults = sum(number for (operation, _), number in storm.num_hits.items() if operation == "GET")
+    findings = [
+        *verifier.check(output, source, exit_code=0, like=undisturbed, secrets=[s3.secret]),
+        *verifier.check_labels(output, source, model, 40),
+        *reader.findings,
+        *verifier.check_redone(kills.reads(), num_get_faults, kills.num_in_flight),
+        *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
+    ]
+    assert findings == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", [503, "hang"])
+def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_finishes_it_afterwards(
+    head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place, kind: Kind
+) -> None:
+    output = Place(f"s3://once/outage-{kind}", s3.client)
+    options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    kills = Kills(s3, source, output, num_units=2)
+    every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")
+    outage = Storm(SEED, {operation: [kind] for operation in every}, dict.fromkeys(every, 1), max_per_path=10**6)
+    with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
+        kills.wait_for_work(driver.poll)
+        s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
+        try:
+            _, printed = driver.communicate(timeout=300)
+        finally:
+            s3.storm = None
+        took_s = time.monotonic() - began_s
+    num_asked = len(s3.requests) - num_before
+    print(f"{kind}: ended after {took_s:.0f} s and {num_asked} requests")
+    assert driver.returncode == 3, printed[-3000:]
+    assert "Traceback" not in printed
+    assert sum(outage.num_hits.values()) >= 10
+    assert took_s < 150
+    assert verifier.entries(output) == []
+    reads_before = kills.reads()
+    done = head.label_bucket(*options)
+    assert done.returncode == 0, done.stderr
+    assert verifier.check(output, source, exit_code=0, like=undisturbed) == []
+    assert kills.staged.look()
+    assert max((kills.reads() - reads_before).values()) == 1
+
+
+def _victims() -> Iterator[list[tuple[str, str]]]:
+    """For each start of the driver, what is killed, and in the end nothing that ends it."""
+    worker, actor, driver = ("worker", PREPARING), ("actor", LABELING), ("driver", "")
+    for _ in range(5):
+        yield [worker, worker, actor, worker, driver]
+    yield [worker, actor]
+
+
+def _new_victim(head: Head, title: str, last: int, poll: Callable[[], int | None]) -> int:
+    """A process with this title other than the last one, as soon as there is one; the driver's end ends the waiting."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = [pid for pid in head.processes(title) if pid != last]
+        return bool(found) or poll() is not None
+
+    wait_until(is_there, 300)
+    return found[0] if found else last

@@ -1,0 +1,177 @@
+"""Storms of faults of every kind against reads, commits and listings: nothing wrong or lost, few requests more."""
+
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from servers import Fault, Kind, S3Server, Storm
+from test_plan import Place as CatalogPlace
+from test_plan import row
+
+from pipeline import fetch, plan, storage, store
+from pipeline.catalog import KeyRange
+from pipeline.diff import Rules
+from pipeline.errors import SourceError, UnavailableError
+from pipeline.listing import Scope
+from pipeline.storage import ObjectInfo
+
+GET_KINDS: tuple[Kind, ...] = (
+    *(503, 500, 429, "slow_down_html", "expired_token", "error_in_200"),
+    *("reset", "hang", "drip", "cut", "cut_fin", "short", "flip", "swapped", "exchanged"),
+)
+PUT_KINDS: tuple[Kind, ...] = (503, 500, 409, 429, "slow_down_html", "reset", "answer_lost", "done_then_500", "twin")
+LIST_KINDS: tuple[Kind, ...] = (503, 500, 429, "slow_down_html", "error_in_200", "reset", "cut", "cut_fin", "short")
+MIN_HITS = 10
+"""Of each kind: one that fires less often has not been tried."""
+SEED = 20261125
+
+
+@pytest.fixture
+def weather(s3: S3Server) -> Iterator[S3Server]:
+    """The server, whose storm ends with the test."""
+    yield s3
+    s3.storm = None
+
+
+def check_every_kind_fired(storm: Storm) -> None:
+    wanted = {(operation, kind) for operation, kinds in storm.kinds.items() for kind in kinds}
+    assert {each for each in wanted if storm.num_hits[each] < MIN_HITS} == set(), storm.num_hits
+
+
+def fill(s3: S3Server, bucket: str, num_objects: int) -> dict[str, bytes]:
+    """That many small objects below in/."""
+    files = {f"{number:05d}": f"{number:05d}".encode() * 20 for number in range(num_objects)}
+    put_quickly(s3, bucket[5:], {f"in/{key}": data for key, data in files.items()})
+    return files
+
+
+def put_quickly(s3: S3Server, bucket: str, files: Mapping[str, bytes]) -> None:
+    """Many objects at once, unsigned: moto checks no signature, and signing takes longer than the request."""
+
+    def put(item: tuple[str, bytes]) -> None:
+        url = f"{s3.direct_url}/{bucket}/{item[0]}"
+        headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read"}
+        urllib.request.urlopen(urllib.request.Request(url, item[1], headers, method="PUT")).close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, files.items()))
+
+
+def listed(url: str) -> list[ObjectInfo]:
+    return [info for page in storage.connect(url).list_pages() for info in page]
+
+
+@pytest.mark.slow
+def test_five_percent_of_faults_of_every_kind_cost_no_byte_and_less_than_a_third_more_requests(
+    weather: S3Server, bucket: str
+) -> None:
+    files = fill(weather, bucket, 3500)
+    infos, source = listed(f"{bucket}/in"), storage.connect(f"{bucket}/in")
+    before = len(weather.requests)
+    read = dict(zip(files, fetch.fetch(source, infos[:500], max_image_bytes=1000, deadline_s=2), strict=False))
+    assert list(read.values()) == list(files.values())[:500]
+    assert Counter(weather.requests[before:]) == {("GET", f"/{bucket[5:]}/in/{key}"): 1 for key in read}
+
+    weather.storm = storm = Storm(SEED, {"GET": GET_KINDS}, {"GET": 0.05})
+    before = len(weather.requests)
+    found = list(fetch.fetch(source, infos, max_image_bytes=1000, deadline_s=2))
+    assert found == list(files.values())
+    check_every_kind_fired(storm)
+    assert (len(weather.requests) - before) / len(infos) <= 1.3
+
+
+def test_commits_under_faults_of_every_kind_leave_exactly_what_was_committed(weather: S3Server, bucket: str) -> None:
+    output = storage.connect(bucket)
+    weather.storm = storm = Storm(SEED, {"PUT": PUT_KINDS}, {"PUT": 0.6})
+    wanted = {f"part-{number:04d}": f"{number} of this run".encode() for number in range(130)}
+    with ThreadPoolExecutor(8) as pool:
+        standing = list(pool.map(lambda item: output.put_if_absent(*item), wanted.items()))
+        assert standing == list(wanted.values())
+        others = list(pool.map(lambda key: output.put_if_absent(key, b"of another run"), wanted))
+        assert others == standing
+    check_every_kind_fired(storm)
+    weather.storm = None
+    assert {info.key: output.get(info.key) for info in listed(bucket)} == wanted
+
+
+def test_listings_under_faults_of_every_kind_are_complete(
+    weather: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 3)
+    files = fill(weather, bucket, 100)
+    weather.storm = storm = Storm(SEED, {"LIST": LIST_KINDS}, {"LIST": 0.3}, max_per_path=1000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: [info.key for info in listed(f"{bucket}/in")], range(12)))
+    assert found == [list(files)] * 12
+    check_every_kind_fired(storm)
+
+
+@pytest.mark.parametrize("kind", ["repeated_page", "dropped_token"])
+def test_a_listing_that_contradicts_itself_is_planned_anew_or_refused_and_never_half_a_plan(
+    weather: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 20)
+    fill(weather, bucket, 100)
+    whole = KeyRange(range_id="00000", after="", through=None, files=())
+    rules, sizes = Rules(scope=Scope(), limit=None, records_deletions=True), plan.UnitSizes.of(32, 1)
+    ended: Counter[str] = Counter()
+    for seed in range(20):
+        weather.storm = Storm(seed, {"LIST": [kind]}, {"LIST": 0.15}, max_per_path=1)
+        try:
+            planned = plan.preview_range(storage.connect(f"{bucket}/in"), storage.connect(bucket), whole, rules, sizes)
+            ended[f"{planned.counts['planned']} planned"] += 1
+        except SourceError as error:
+            ended["refused" if "run the command again" in str(error) else str(error)] += 1
+    assert set(ended) <= {"100 planned", "refused"}
+    assert ended["100 planned"] > 0
+
+
+def test_an_object_that_a_stale_page_lacks_is_never_recorded_as_deleted(
+    weather: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 20)
+    fill(weather, bucket, 100)
+    place = CatalogPlace(tmp_path)
+    known = [row(info.key, info.etag, info.size_bytes) for info in listed(f"{bucket}/in")]
+    place.remember(known, rows_per_file=1000)
+    ended: Counter[str] = Counter()
+    hits = 0
+    for seed in range(20):
+        weather.storm = storm = Storm(seed, {"LIST": ["stale_page"]}, {"LIST": 0.15}, max_per_path=1)
+        sizes = plan.UnitSizes.of(32, 1)
+        rules = Rules(scope=Scope(), limit=None, records_deletions=True)
+        planned = plan.preview_range(storage.connect(f"{bucket}/in"), place.output, place.whole, rules, sizes)
+        ended[f"{planned.counts['unchanged']} unchanged, {planned.counts['deleted']} deleted"] += 1
+        hits += storm.num_hits["LIST", "stale_page"]
+    assert set(ended) == {"100 unchanged, 0 deleted"}
+    assert hits >= MIN_HITS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [503, "reset"])
+def test_in_an_outage_a_worker_asks_at_most_five_times_a_second(
+    s3: S3Server, bucket: str, faults: list[Fault], kind: Kind
+) -> None:
+    fill(s3, bucket, 64)
+    infos = listed(f"{bucket}/in")
+    faults.append(Fault.always(kind, "any", ""))
+    before, started_s = len(s3.requests), time.monotonic()
+    with pytest.raises(UnavailableError, match="none of 16 objects in a row could be read"):
+        list(fetch.fetch(storage.connect(f"{bucket}/in"), infos, max_image_bytes=1000, deadline_s=15))
+    took_s = time.monotonic() - started_s
+    assert (len(s3.requests) - before) / took_s <= 5
+    assert took_s < 45  # twice the deadline: objects that were begun meanwhile have theirs
+
+
+def test_after_an_outage_reads_go_on(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    files = fill(s3, bucket, 40)
+    infos = listed(f"{bucket}/in")
+    faults.append(outage := Fault.always(503, "any", ""))
+    threading.Timer(3, lambda: setattr(outage, "times", 0)).start()
+    found = list(fetch.fetch(storage.connect(f"{bucket}/in"), infos, max_image_bytes=1000, deadline_s=20))
+    assert found == list(files.values())

@@ -1,0 +1,192 @@
+"""Processes and nodes of a cluster of three that die, stop, come late or lose what they need, with units in flight: the
+run ends with the rows of an undisturbed one, or says why not, and then the same command does.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import checkpoints
+import pytest
+import verifier
+from cluster import Head, Node, running_head, wait_until
+from kills import LABELING, PREPARING, WAVE, Kills
+from servers import S3Server, Storm
+from test_faults import put_quickly
+from verifier import Place, Reader
+
+from pipeline.draw import draw_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NUM_OBJECTS = 1200
+MAX_PROCESS_BYTES = 2**30
+
+
+class Cluster(NamedTuple):
+    """A head, which hosts the driver, and two nodes, all with one CPU: more would only be more processes here."""
+
+    head: Head
+    nodes: list[Node]
+
+    def processes(self, title: str) -> list[int]:
+        """Of all nodes, those that joined later as well."""
+        found = self.head.processes(title)
+        return found + [pid for node in self.nodes for pid in node.processes(title)]
+
+
+@pytest.fixture(scope="module")
+def source(s3: S3Server) -> Place:
+    """1,200 drawn pictures, some of them broken."""
+    s3.client.create_bucket(Bucket="nodes")
+    files: dict[str, bytes] = {}
+    for number in range(100):
+        file = draw_file(12, number, broken_fraction=0.03)
+        files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(NUM_OBJECTS // 100)}
+    put_quickly(s3, "nodes", files)
+    return Place("s3://nodes/in", s3.client)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write_small(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(head: Head, s3: S3Server, source: Place, model: Path) -> Place:
+    """The output of a run on one node that nothing happened to."""
+    output = Place("s3://nodes/undisturbed", s3.client)
+    done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    assert verifier.check(output, source, exit_code=0) == []
+    return output
+
+
+@pytest.fixture
+def cluster(s3: S3Server) -> Iterator[Cluster]:
+    """Of its own for every test: what it lost is lost. Reads are slow, so that there is time to do harm."""
+    with ExitStack() as stack:
+        head = stack.enter_context(running_head({**os.environ, **s3.canary_environment()}, num_cpus=1))
+        nodes = [stack.enter_context(head.node()) for _ in range(2)]
+        s3.storm = Storm(0, {"GET": ["slow"]}, {"GET": 1}, max_per_path=1000)
+        yield Cluster(head, nodes)
+        s3.storm = None
+
+
+@pytest.fixture
+def kills(s3: S3Server, source: Place, undisturbed: Place, request: pytest.FixtureRequest) -> Kills:
+    num_units = len([key for key in undisturbed.etags("_runs/") if "/parts/" in key])
+    output = Place(f"s3://nodes/{request.node.name}", s3.client)
+    return Kills(s3, source, output, num_units)
+
+
+def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]") -> int:
+    """The first process that `find` finds, as soon as there is one."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = find()
+        return bool(found) or driver.poll() is not None
+
+    wait_until(is_there)
+    assert found, f"the driver ended before there was a process to kill: {driver.communicate()[1][-3000:]}"
+    return found[0]
+
+
+def options(source: Place, kills: Kills, model: Path) -> tuple[str, ...]:
+    return ("--input", source.url, "--output", kills.output.url, "--model", str(model), "--gpu-actors=2")
+
+
+def check_exact(kills: Kills, source: Place, undisturbed: Place) -> None:
+    """Everything that an undisturbed run has, and no more was done again than was in flight."""
+    findings = verifier.check(kills.output, source, exit_code=0, like=undisturbed)
+    assert findings + verifier.check_redone(kills.reads(), 0, kills.num_in_flight) == []
+
+
+def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late_change_no_row(
+    cluster: Cluster, s3: S3Server, source: Place, model: Path, undisturbed: Place, kills: Kills
+) -> None:
+    head = cluster.head
+    s3.storm = Storm(0, {"GET": ["slow", "stall"]}, {"GET": 1}, max_per_path=1000)  # there are four things to kill
+    with (
+        head.start_label_bucket(*options(source, kills, model)) as driver,
+        Reader(kills.output, head.rss_bytes) as reader,
+    ):
+        kills.wait_for_work(driver.poll)
+        busy = first(lambda: [each.raylet() for each in cluster.nodes if each.processes(PREPARING)], driver)
+        kills.kill("node", busy)
+        kills.kill("worker", first(lambda: cluster.processes(PREPARING), driver))
+        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
+        wait_until(lambda: head.num_cpus() == 2)
+        with head.node() as late:
+            cluster.nodes.append(late)
+            kills.kill("wave", first(lambda: cluster.processes(WAVE), driver))
+            first(lambda: late.processes(PREPARING) + late.processes(LABELING), driver)  # it is given work
+            _, printed = driver.communicate(timeout=240)
+    assert driver.returncode == 0, printed
+    assert set(kills.counts) == {"node", "worker", "actor", "wave"}
+    assert "begun again" in printed
+    assert reader.findings == []
+    assert verifier.check_bounds(reader.peak_bytes, 0, max_bytes=MAX_PROCESS_BYTES, max_s=1) == []
+    check_exact(kills, source, undisturbed)
+
+
+def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_another(
+    cluster: Cluster, head: Head, source: Place, model: Path, undisturbed: Place, kills: Kills
+) -> None:
+    with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
+        kills.wait_for_work(driver.poll)
+        (gcs,) = [pid for pid in cluster.head.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "gcs_server"]
+        kills.kill("head", gcs)
+        _, printed = driver.communicate(timeout=180)
+    assert driver.returncode not in (0, None), printed
+    kills.lose()
+    assert verifier.entries(kills.output) == []
+    done = head.label_bucket(*options(source, kills, model)[:-1], "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    check_exact(kills, source, undisturbed)
+
+
+@pytest.mark.parametrize("title", [PREPARING, LABELING], ids=["worker", "actor"])
+def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
+    cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, title: str
+) -> None:
+    with cluster.head.start_label_bucket(*options(source, kills, model), "--stall-timeout-s=10") as driver:
+        kills.wait_for_work(driver.poll)
+        stopped = first(lambda: cluster.processes(title), driver)
+        kills.kill("stopped", stopped, signal.SIGSTOP)
+        assert driver.stderr is not None
+        printed = []
+        for line in driver.stderr:
+            printed.append(line)
+            if "nothing moved for 10 s" in line:
+                kills.lose()  # whatever the others have finished meanwhile waits behind it
+        driver.wait(10)
+    assert driver.returncode == 0, printed
+    assert any("nothing moved for 10 s" in line and "begun again" in line for line in printed)
+    check_exact(kills, source, undisturbed)
+
+
+def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(
+    cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, tmp_path: Path
+) -> None:
+    moving = tmp_path / "model"
+    shutil.copytree(model, moving)
+    with cluster.head.start_label_bucket(*options(source, kills, moving)) as driver:
+        kills.wait_for_work(driver.poll)
+        moving.rename(tmp_path / "elsewhere")
+        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
+        _, printed = driver.communicate(timeout=240)
+    assert driver.returncode in (1, 2, 3), printed
+    kills.lose()
+    assert str(moving) in printed
+    assert "Traceback" not in printed
+    (tmp_path / "elsewhere").rename(moving)
+    done = cluster.head.label_bucket(*options(source, kills, moving))
+    assert done.returncode == 0, done.stderr
+    check_exact(kills, source, undisturbed)

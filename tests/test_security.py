@@ -1,0 +1,113 @@
+"""Secrets stay in the workers' environment; keys are data, whatever stands in them."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+import checkpoints
+import pytest
+import verifier
+from cluster import Head
+from servers import S3Server
+from verifier import Place
+
+from pipeline import sheet
+from pipeline.draw import draw_file
+from pipeline.sheet import Section, Tile
+
+ODD_KEYS = (
+    *("semi;colon.png", "equals=sign/run_date=2020-01-01.png", "percent%2Fsign%.png", "a b+c.png"),
+    *("<script>alert(1)</script>.png", "\"quoted\" 'twice'.png", "\u202egnp.lrtl.png", "ümlaut/é\u0301.png"),
+    *("tab\t.png", "back\\slash.png", "a//b/../c.png", "x" * 200 + "/" + "y" * 600 + ".png", "=cmd|'/C calc'!A0.png"),
+)
+API = (
+    "api/jobs/",
+    *(f"api/v0/{what}?detail=True&limit=1000" for what in ("workers", "tasks", "actors", "runtime_envs")),
+)
+
+
+@pytest.fixture(scope="module")
+def source(s3: S3Server) -> Place:
+    """A picture and a broken file under every odd key."""
+    s3.client.create_bucket(Bucket="odd")
+    place = Place("s3://odd/in", s3.client)
+    for number, key in enumerate(ODD_KEYS):
+        s3.client.put_object(Bucket="odd", Key=f"in/{key}", Body=draw_file(9, number).data)
+        s3.client.put_object(Bucket="odd", Key=f"in/broken/{key}", Body=b"\xff\xd8\xff\xe0" + bytes([number]) * 40)
+    return place
+
+
+@pytest.fixture(scope="module")
+def output(head: Head, s3: S3Server, source: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
+    """The output of a submitted job, and all that it printed."""
+    model = checkpoints.write_small(tmp_path_factory.mktemp("model"))
+    place = Place("s3://odd/out", s3.client)
+    command = ["python", "jobs/label_bucket.py", "--input", source.url, "--output", place.url, "--model", str(model)]
+    done = head.submit("--", *command, "--gpu-actors=1", "--log-level=DEBUG")
+    assert done.returncode == 0, done.stdout[-3000:]
+    return place, done.stdout + done.stderr
+
+
+def said_by_ray(head: Head) -> str:
+    """Everything that the cluster tells about its jobs, workers, tasks and actors, and their environments."""
+    texts = []
+    for path in API:
+        headers = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{head.dashboard_url}/{path}", headers=headers)) as answer:
+            texts.append(answer.read().decode())
+    return "\n".join(texts)
+
+
+def command_lines(head: Head) -> str:
+    """Of every process of the cluster."""
+    return "\n".join((Path("/proc") / str(pid) / "cmdline").read_text() for pid in head.processes(""))
+
+
+def log_files(head: Head) -> list[Path]:
+    """Everything that the cluster and its workers logged."""
+    folders = {
+        word.partition("=")[2] for word in command_lines(head).split("\0") if word.startswith("--session-dir=/tmp/ray/")
+    }
+    (session,) = folders
+    return [path for path in (Path(session) / "logs").rglob("*") if path.is_file()]
+
+
+def test_the_secret_of_the_workers_stands_nowhere_but_in_their_environment(
+    head: Head, s3: S3Server, output: tuple[Place, str]
+) -> None:
+    place, printed = output
+    # A worker writes its title over its environment; the raylet that gives it that does not.
+    environments = [(Path("/proc") / str(pid) / "environ").read_bytes() for pid in head.processes("")]
+    assert any(s3.secret.encode() in each for each in environments), "the secret is not there, so nothing was tested"
+    assert verifier.check_secrets(place, [s3.secret]) == []
+    assert s3.secret not in printed
+    assert s3.secret not in command_lines(head)
+    assert s3.secret not in said_by_ray(head)
+    logs = log_files(head)
+    assert len(logs) > 10
+    assert [path for path in logs if s3.secret.encode() in path.read_bytes()] == []
+
+
+def test_a_secret_in_a_jobs_runtime_environment_would_be_found(head: Head) -> None:
+    """The control: what the README warns of is visible to whoever may ask the cluster."""
+    careless = json.dumps({"env_vars": {"AWS_SECRET_ACCESS_KEY": "canary-of-somebody-careless"}})
+    done = head.submit("--runtime-env-json", careless, "--", "python", "-c", "pass")
+    assert done.returncode == 0, done.stdout
+    assert "canary-of-somebody-careless" in said_by_ray(head)
+
+
+def test_odd_keys_reach_the_tables_byte_for_byte(source: Place, output: tuple[Place, str]) -> None:
+    place, _ = output
+    assert verifier.check(place, source, exit_code=0) == []
+    labels, failures = verifier.read_rows(place, "labels"), verifier.read_rows(place, "failures")
+    assert {row["uri"] for row in labels} == {f"s3://odd/in/{key}" for key in ODD_KEYS}
+    assert {row["uri"] for row in failures} == {f"s3://odd/in/broken/{key}" for key in ODD_KEYS}
+    assert {"\n" in row["failure_message"] for row in failures} == {False}
+
+
+def test_odd_keys_are_text_in_a_page_of_them(output: tuple[Place, str]) -> None:
+    rows = verifier.read_rows(output[0], "labels")
+    page = sheet.write("found", [Section("all", "", [Tile(row["uri"], None, "not fetched") for row in rows])])
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "\u202e" not in page

@@ -1,0 +1,204 @@
+"""The verifier finds what is wrong: a careful writer passes it under a storm, one that lacks a single precaution fails.
+
+The writers are as simple as can be and share nothing with the pipeline. A suite of faults that never fails proves
+nothing: these are its controls.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import verifier
+from PIL import Image
+from servers import Fault, Kind, S3Server, Storm
+from test_faults import put_quickly
+from verifier import Place, Reader
+
+from pipeline.draw import draw_file
+
+UNIT_ROWS = 20
+KINDS: dict[str, tuple[Kind, ...]] = {
+    "GET": ("exchanged", 503, "reset", "short"),
+    "PUT": ("answer_lost", 503, "done_then_500"),
+}
+
+
+@pytest.fixture(scope="module")
+def source(s3: S3Server) -> Place:
+    s3.client.create_bucket(Bucket="control")
+    files = [draw_file(12, number) for number in range(60)]
+    put_quickly(s3, "control", {f"in/{file.path}": file.data for file in files})
+    return Place("s3://control/in", s3.client)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.write_small(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def storm(s3: S3Server) -> Iterator[Storm]:
+    s3.storm = Storm(3, KINDS, {"GET": 0.2, "PUT": 0.5}, re.compile("/control/"))
+    yield s3.storm
+    s3.storm = None
+
+
+class Writer:
+    """Labels a source, in one process, through the server with the faults. Asks again until it has an answer."""
+
+    def __init__(self, s3: S3Server, model: Path, *, checks_bytes: bool = True, names_are_known: bool = True) -> None:
+        self._endpoint = s3.url
+        self._checks_bytes, self._names_are_known = checks_bytes, names_are_known
+        self._model = model
+
+    def run(self, source: Place, output: Place) -> None:
+        """Label everything; one file of labels for each unit, then a report and a log entry."""
+        etags = sorted(source.etags().items())
+        units = [etags[first : first + UNIT_ROWS] for first in range(0, len(etags), UNIT_ROWS)]
+        files: list[dict[str, Any]] = []
+        for number, unit in enumerate(units):
+            pictures = [self._get(source, key, etag) for key, etag in unit]
+            facts = [{"uri": f"{source.url}/{key}", "etag": etag, "run_seq": 1} for key, etag in unit]
+            names = ("label_ids", "label_scores", "embedding")
+            labels = [dict(zip(names, each, strict=True)) for each in verifier.label(pictures, self._model, 5)]
+            table = pa.Table.from_pylist([row | label for row, label in zip(facts, labels, strict=True)])
+            sink = io.BytesIO()
+            pq.write_table(table, sink)
+            key = self._put(output, f"labels/part-{number:03d}.parquet", sink.getvalue())
+            digest = hashlib.sha256(sink.getvalue()).hexdigest()
+            files.append({"key": key, "num_rows": len(table), "sha256": digest})
+        counts = {"labeled": sum(each["num_rows"] for each in files), "failed": 0}
+        entry = {"kind": "run", "run_seq": 1, "run_id": "r", "counts": counts}
+        entry |= {"labels": files, "dead_letters": [], "deletions": []}
+        put_at_once(output, "_runs/r/report.json", {"exit_code": 0, "counts": counts})
+        put_at_once(output, "_log/00000001.claim.json", {})
+        put_at_once(output, "_log/00000001.json", entry)
+
+    def _get(self, source: Place, key: str, etag: str) -> bytes:
+        while True:
+            with contextlib.suppress(OSError):  # of HTTP, of the connection, or of a picture that ends early
+                with urllib.request.urlopen(f"{self._endpoint}/{source.bucket}/{source.prefix}{key}") as answer:
+                    data: bytes = answer.read()
+                Image.open(io.BytesIO(data)).load()
+                if not self._checks_bytes or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag:
+                    return data
+
+    def _put(self, output: Place, known_key: str, data: bytes) -> str:
+        while True:
+            key = known_key if self._names_are_known else f"labels/part-{uuid.uuid4().hex}.parquet"
+            url = f"{self._endpoint}/{output.bucket}/{output.prefix}{key}"
+            headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read-write"}
+            try:
+                urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT")).close()
+                return key
+            except OSError:
+                continue
+
+
+def put_at_once(output: Place, key: str, values: dict[str, Any]) -> None:
+    """Small files without faults: they are not what these controls are about."""
+    output.client.put_object(Bucket=output.bucket, Key=output.prefix + key, Body=json.dumps(values).encode())
+
+
+def written(s3: S3Server, source: Place, model: Path, name: str, **lacks: bool) -> tuple[Place, list[str]]:
+    """The output of a writer, and everything that the verifier and a reader have to say of it."""
+    output = Place(f"s3://control/{name}", s3.client)
+    with Reader(output) as reader:
+        Writer(s3, model, **lacks).run(source, output)
+    findings = [*verifier.check(output, source, exit_code=0), *verifier.check_labels(output, source, model, 60)]
+    return output, findings + reader.findings
+
+
+def test_a_careful_writer_passes_without_faults_and_under_a_storm(
+    s3: S3Server, source: Place, model: Path, storm: Storm
+) -> None:
+    s3.storm = None
+    calm, findings = written(s3, source, model, "calm")
+    assert findings == []
+    s3.storm = storm
+    output, findings = written(s3, source, model, "careful")
+    assert findings == []
+    assert verifier.check_like(output, calm) == []
+    assert min(storm.num_hits.values()) > 0
+
+
+def test_a_writer_that_believes_the_bytes_it_gets_is_found_out(
+    s3: S3Server, source: Place, model: Path, storm: Storm
+) -> None:
+    _, findings = written(s3, source, model, "credulous", checks_bytes=False)
+    assert storm.num_hits["GET", "exchanged"] > 0
+    assert len([line for line in findings if re.match(r"5 .* has (the labels|scores|an embedding)", line)]) >= 5
+    assert {line[0] for line in findings} == {"5"}
+
+
+def test_a_writer_whose_names_are_random_is_found_out(
+    s3: S3Server, source: Place, model: Path, faults: list[Fault]
+) -> None:
+    faults.append(Fault("answer_lost", "PUT", ".parquet", times=2))
+    output, findings = written(s3, source, model, "random", names_are_known=False)
+    assert any(re.match("2 .* no log entry names it", line) for line in findings)
+    assert any(re.match("1 .* stands more than once", line) for line in verifier.check_outcomes(output, source))
+    assert any(re.match("3 a reader sees", line) for line in findings)
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ("lose a row", r"2 labels/\S+ has 19 rows, its entry says 20"),
+        ("lose a file", r"2 labels/\S+ is named by the log and not there"),
+        ("cut a file", r"2 labels/\S+ does not open"),
+        ("leave a temporary file", r"4 labels/_tmp\S+ is no finished file"),
+        ("leave an upload", r"4 \S+/labels/big is an upload that was never completed"),
+        ("lose an object", r"1 \S+/new.jpg has no outcome"),
+        ("report another count", r"8 run r was committed, its report says otherwise"),
+        ("end with an error", r"8 the exit code was 3, and the newest claim is closed"),
+        ("keep a secret", r"9 a secret stands in _runs/r/report.json"),
+    ],
+)
+def test_every_invariant_that_files_can_break_has_its_finding(
+    s3: S3Server, source: Place, model: Path, change: str, finding: str
+) -> None:
+    name = change.replace(" ", "-")
+    inside = Place(f"s3://control/{name}-in", s3.client)
+    for key in sorted(source.etags())[:20]:
+        s3.client.put_object(Bucket="control", Key=inside.prefix + key, Body=source.read(key), ACL="public-read")
+    output = Place(f"s3://control/{name}", s3.client)
+    Writer(s3, model).run(inside, output)
+    assert verifier.check(output, inside, exit_code=0, secrets=["hidden"]) == []
+    file = "labels/part-000.parquet"
+
+    def put(place: Place, key: str, data: bytes) -> None:
+        s3.client.put_object(Bucket="control", Key=place.prefix + key, Body=data)
+
+    if change == "lose a row":
+        sink = io.BytesIO()
+        pq.write_table(pq.read_table(io.BytesIO(output.read(file))).slice(1), sink)
+        put(output, file, sink.getvalue())
+    elif change == "lose a file":
+        s3.client.delete_object(Bucket="control", Key=output.prefix + file)
+    elif change == "cut a file":
+        put(output, file, output.read(file)[:-10])
+    elif change == "leave a temporary file":
+        put(output, "labels/_tmp.parquet", output.read(file))
+    elif change == "leave an upload":
+        s3.client.create_multipart_upload(Bucket="control", Key=output.prefix + "labels/big")
+    elif change == "lose an object":
+        put(inside, "new.jpg", b"x")
+    elif change == "report another count":
+        put(output, "_runs/r/report.json", b'{"exit_code": 0, "counts": {"labeled": 19, "failed": 0}}')
+    elif change == "keep a secret":
+        put(output, "_runs/r/report.json", output.read("_runs/r/report.json")[:-1] + b', "key": "hidden"}')
+    exit_code = 3 if change == "end with an error" else 0
+    findings = verifier.check(output, inside, exit_code=exit_code, secrets=["hidden"])
+    assert any(re.match(finding, line) for line in findings), findings
