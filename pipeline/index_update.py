@@ -2,7 +2,8 @@
 
 An update applies what the nights since the last version changed: rows that came or became others, and uris that are
 gone or failed last. It reads the last version and these rows, no old vector. Where an update would not do, it builds
-anew: after more than 20 % churn, when recall fell, and when too few of the sampled rows are left to know that.
+anew: after more than 20 % churn, when recall fell, and when too few of the sampled rows are left to know that. After a
+compaction nothing changed but where the true vectors are, which is a version of its own as well.
 
 A module of its own because it is the only one that changes an index, and it must never change what a reader has open:
 every version has all its files in a folder of its own.
@@ -61,7 +62,7 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
             f" {base.version} of {base.source.output} after run {base.source.run_seq:08d}; update it from there, or"
             " build without --update"
         )
-    if base.source.run_seq == current.newest.run_seq:
+    if base.source.run_seq == current.newest.run_seq and base.source.labels == current.labels:
         return f"up to date: {index_build.describe(store, base).removeprefix('announced ')}"
     try:
         return _update(nights, store, state, current, options, newest, base)

@@ -497,7 +497,7 @@ def dups(*arguments: str) -> tuple[int, str]:
 
 
 def test_command_says_by_its_exit_code_what_became_of_it(case: Case) -> None:
-    case.publish(families(3, 4))
+    case.publish(families(3, 4), factory="IVF1,Flat")
     where = ("--index", f"{case.folder}/index", "--output", f"{case.folder}/found")
     code, said = dups(*where)
     assert (code, said[:80]) == (0, f"search_images: exit code 0: wrote file://{case.folder}/found"[:80])

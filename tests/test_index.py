@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from pipeline import (
     schema,
     storage,
 )
+from pipeline.compact import Options as CompactOptions
+from pipeline.compact import compact_labels
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.index import Index
 from pipeline.index_build import Options
@@ -271,6 +274,33 @@ def test_an_older_version_stays_as_it_was_and_one_that_is_up_to_date_is_left_alo
     assert rows_of(again) == held
     assert not {each.key for each in again.info.rows} & {each.key for each in second.info.rows}
     assert second.info.num_changed_rows == 2 + 2  # a row that changed goes and comes
+
+
+@pytest.mark.parametrize("factory", ["exact", SQ8])
+def test_an_update_after_compaction_finds_the_rows_where_they_are_now(
+    several: Nights, place: str, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = built(several, place, factory=factory)
+    uris = sorted(several.current[DEIT])
+    several.snapshot()
+    compact_labels(
+        CompactOptions(output=several.output.root, space=DEIT, keep_runs=1, grace=timedelta(0)),
+        start_engine=lambda: None,
+    )
+    ordinals = [first.ordinal_of(uri) for uri in uris]
+    if factory == "exact":  # holds the truth itself
+        assert np.array_equal(first.true_vectors(ordinals), true_vectors(uris))
+        with pytest.raises(ConfigError, match=r"expected an ordinal of index .*, found 4000"):
+            first.true_vectors([0, 4000])
+    else:
+        with pytest.raises(ConflictError, match=r"found nothing; restore it; if the output was compacted since index"):
+            first.true_vectors(ordinals)
+    second = updated(several, place, monkeypatch)
+    assert second.info.num_changed_rows == first.info.num_changed_rows
+    assert rows_of(second) == several.current[DEIT]
+    assert np.array_equal(second.true_vectors(ordinals), true_vectors(uris))
+    assert second.info.recall_at_10 == first.info.recall_at_10
+    assert build_index(options(several, place, update=True)).startswith("up to date: ")
 
 
 def test_the_first_update_builds(several: Nights, place: str) -> None:
