@@ -5,8 +5,8 @@ The index holds what the current view of one space holds: every image that still
 immutable folder below --output, index/<space>/<version>/, that readers see once the log beside it names it. What is
 announced was measured first: the share of the ten nearest that it finds, against exact search.
 
-Small views are compared vector by vector, larger ones through inverted lists of FAISS: 8 bits a dimension, or as many
-as --max-memory-gib allows.
+Small views are compared vector by vector, larger ones through inverted lists of FAISS: 8 bits a dimension, or 6 where
+--max-memory-gib asks for it.
 """
 
 import argparse
@@ -105,7 +105,7 @@ examples:
         "--max-memory-gib",
         type=_positive,
         metavar="GIB",
-        help="what building may take; default: what this machine has free. Set it in a container",
+        help="what building may take; default: what this machine, and a cgroup (v2) that limits it, have available",
     )
     parser.add_argument(
         "--on-ray",

@@ -12,7 +12,6 @@ announced, and nothing is announced that does not find what it should.
 
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from importlib.metadata import version
 import numpy as np
 import pyarrow as pa
 
-from pipeline import catalog, index_encode, index_files, index_log, index_recall, index_vectors, log, view
+from pipeline import catalog, index_encode, index_files, index_log, index_recall, index_vectors, log, memory, view
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.faults import crash_point
 from pipeline.index_encode import EncodeFiles, Job, check_vectors
@@ -47,6 +46,8 @@ _SAMPLED_FILES = 64
 TARGET_RECALL = 0.97
 _RECALL_SLACK = 0.005
 """Below the target, searching more lists is not worth while for less than this."""
+_EXACT_BYTES, _LISTS_BYTES = 400 << 20, 700 << 20
+"""What a build takes whatever its rows are: Python and its libraries, files as they are read; FAISS and its work."""
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +68,7 @@ class Options:
 
 def max_memory_bytes(options: Options) -> int:
     """What the index may take while it is built."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return options.max_memory_bytes if options.max_memory_bytes is not None else available
+    return options.max_memory_bytes if options.max_memory_bytes is not None else memory.available_bytes()
 
 
 def dim_of(current: View) -> int:
@@ -80,7 +80,7 @@ def dim_of(current: View) -> int:
 
 
 def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, has_faiss: bool) -> str:
-    """`exact`, or inverted lists whose codes fit into memory: 8 bits a dimension, else 6, else 4.
+    """`exact`, or inverted lists whose codes fit into memory: 8 bits a dimension, else 6. With 4, recall is below 0.95.
 
     Raises ConfigError for a factory that takes no deletions, more lists than rows, FAISS that is not there, and an
     index that does not fit.
@@ -92,9 +92,9 @@ def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, h
     elif wanted == EXACT or num_rows <= (MAX_EXACT_ROWS if has_faiss else MAX_ROWS_WITHOUT_FAISS):
         candidates = [EXACT]
     elif num_rows <= MAX_FLAT_LISTS_ROWS:
-        candidates = [f"IVF{2 * math.isqrt(num_rows)},SQ{bits}" for bits in (8, 6, 4)]
+        candidates = [f"IVF{2 * math.isqrt(num_rows)},SQ{bits}" for bits in (8, 6)]
     else:
-        candidates = [f"IVF{4 * math.isqrt(num_rows)}_HNSW32,SQ{bits}" for bits in (8, 6, 4)]
+        candidates = [f"IVF{4 * math.isqrt(num_rows)}_HNSW32,SQ{bits}" for bits in (8, 6)]
     if candidates != [EXACT] and not has_faiss:
         raise ConfigError(
             f"expected FAISS for an index of {num_rows:,} rows, found none; pip install 'label-bucket[index]'"
@@ -111,18 +111,20 @@ def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, h
 
 
 def estimate_bytes(factory: str, num_rows: int, dim: int) -> int:
-    """Memory that building takes at its peak, with room to spare: 905 MB measured where 1.0 GiB is said."""
-    slices = 3 * index_encode.SLICE_ROWS * dim * 4 + (600 << 20)
+    """Memory that building takes at its peak, with room to spare: 1.0 to 1.5 times what was measured, see
+    tests/benchmarks/index.md.
+    """
+    slices = 3 * min(index_encode.SLICE_ROWS, num_rows) * dim * 4
     if factory == EXACT:
-        return slices + int(1.2 * num_rows * (8 * dim + 8))
+        return _EXACT_BYTES + slices + int(1.3 * num_rows * (8 * dim + 8))
     training = 2 * TRAINING_ROWS_PER_LIST * index_vectors.num_lists(factory) * dim * 4
     # Lists grow by doubling, so a half of them is empty at worst.
-    return slices + training + int(1.2 * 1.5 * num_rows * (index_vectors.code_bytes(factory, dim) + 8))
+    return _LISTS_BYTES + slices + training + int(1.2 * 1.5 * num_rows * (index_vectors.code_bytes(factory, dim) + 8))
 
 
 def gib(num_bytes: int) -> str:
-    """`1.5 GiB`."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+    """`1.50 GiB`."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 # --- building -----------------------------------------------------------------------------------------------------

@@ -444,7 +444,8 @@ def search_of(vectors: index_vectors.Vectors) -> index_recall.Search:
     [
         (50_000, True, 4, "exact"),
         (100_000, True, 4, "IVF632,SQ8"),
-        (1_000_000, True, 1.45, "IVF2000,SQ6"),
+        (1_000_000, True, 1.75, "IVF2000,SQ8"),
+        (1_000_000, True, 1.6, "IVF2000,SQ6"),
         (100_000_000, True, 100, "IVF40000_HNSW32,SQ8"),
         (500_000, False, 4, "exact"),
     ],
@@ -466,6 +467,13 @@ def test_the_factory_is_chosen_by_rows_and_memory(
             8,
             r"--max-memory-gib: expected [\d.]+ GiB for 100,000,000 rows of 384 as IVF40000_H",
         ),
+        (
+            "auto",
+            1_000_000,
+            True,
+            1.4,  # enough for four bits, which would be refused after all the work
+            r"expected 1\.47 GiB for 1,000,000 rows of 384 as IVF2000,SQ6, found 1\.40 GiB; use a larger machine",
+        ),
         ("auto", 600_000, False, 8, r"expected FAISS for an index of 600,000 rows, found none; pip install"),
         ("IVF32,SQ8", 100, False, 8, r"expected FAISS for an index of 100 rows"),
         ("HNSW32", 100, True, 8, r"--factory: expected auto, exact or inverted lists .* found HNSW32"),
@@ -478,6 +486,25 @@ def test_a_factory_that_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         index_build.choose_factory(wanted, num_rows, 384, int(memory_gib * 2**30), has_faiss=has_faiss)
+
+
+@pytest.mark.parametrize(
+    ("factory", "num_rows", "measured_mib"),
+    [
+        ("exact", 10_000, 336),
+        ("exact", 100_000, 1069),
+        ("exact", 300_000, 1673),
+        ("IVF632,SQ8", 100_000, 918),
+        ("IVF1094,SQ8", 300_000, 1194),
+        ("IVF2000,SQ8", 1_000_000, 1618),
+    ],
+)
+def test_the_estimate_is_what_was_measured_or_at_most_half_more(
+    factory: str, num_rows: int, measured_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_encode, "SLICE_ROWS", 1 << 16)
+    estimate = index_build.estimate_bytes(factory, num_rows, 384) / 2**20
+    assert measured_mib < estimate < 1.5 * measured_mib
 
 
 def test_without_faiss_a_small_index_is_built_searched_and_updated(
