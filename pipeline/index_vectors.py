@@ -229,16 +229,24 @@ class IvfVectors:
         return int(self.index.nlist)
 
     def search(self, queries_QD: Floats, k: int, *, among: Ordinals | None, is_exhaustive: bool) -> Found:
-        """See Vectors. The rarer the selected rows, the more lists are searched."""
-        nprobe, selector = self.nprobe, None
+        """See Vectors. The rarer the selected rows, the more lists are searched, and more yet for queries that found
+        fewer than k, until all were.
+        """
+        nprobe, selector, most = self.nprobe, None, self.num_rows
         if among is not None:
             bits = np.zeros(int(among.max(initial=0)) // 8 + 1, np.uint8)
             np.bitwise_or.at(bits, among >> 3, np.left_shift(1, among & 7).astype(np.uint8))
-            selector = faiss().IDSelectorBitmap(bits)
+            selector, most = faiss().IDSelectorBitmap(bits), len(np.unique(among))
             is_exhaustive |= len(among) <= MAX_SCANNED_ROWS
             nprobe *= -(-self.num_rows // max(1, len(among)))
-        nprobe = self.index.nlist if is_exhaustive else min(nprobe, self.index.nlist)
+        nprobe = self.num_lists if is_exhaustive else min(nprobe, self.num_lists)
         cosines_QK, ordinals_QK = self.index.search(queries_QD, k, params=self._parameters(nprobe, selector))
+        short = np.flatnonzero(ordinals_QK[:, min(k, most) - 1] < 0)
+        while len(short) and nprobe < self.num_lists:
+            nprobe = min(4 * nprobe, self.num_lists)
+            again = self.index.search(queries_QD[short], k, params=self._parameters(nprobe, selector))
+            cosines_QK[short], ordinals_QK[short] = again
+            short = short[ordinals_QK[short, min(k, most) - 1] < 0]
         return Found(np.where(ordinals_QK >= 0, cosines_QK, np.float32(-np.inf)), ordinals_QK)
 
     def _parameters(self, nprobe: int, selector: Any) -> Any:

@@ -161,6 +161,23 @@ def test_a_search_among_some_rows_finds_all_of_them_and_no_others(several: Night
     assert (found.search(queries(), 3, among=among[:0]).ordinals_QK == -1).all()
 
 
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "IVF8_HNSW8,Flat"])
+def test_a_search_gives_as_many_as_were_asked_for_however_many_lists_that_takes(
+    several: Nights, place: str, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = built(several, place, factory=factory)
+    assert isinstance(found.vectors, index_vectors.IvfVectors)
+    found.vectors.nprobe = 1
+    for k in (5, 12, found.info.num_rows):
+        for row in found_uris(found, queries(40), k):
+            assert len(set(row)) == k
+    monkeypatch.setattr(index_vectors, "MAX_SCANNED_ROWS", 3)
+    among = np.array([found.ordinal_of(uri) for uri in sorted(several.current[DEIT])[::2]])
+    answers = found.search(queries(40), len(among) + 2, among=among).ordinals_QK
+    assert all(set(row[: len(among)]) == set(among.tolist()) for row in answers)
+    assert (answers[:, len(among) :] == -1).all()
+
+
 def test_two_images_with_one_image_id_are_both_found(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
