@@ -1,5 +1,7 @@
 """An output of any number of nights and rows with clustered unit vectors, published without a picture or a model."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,8 +17,9 @@ NUM_CLUSTERS = 1000
 _ROWS_PER_FILE = 60_000
 
 
-def vectors(numbers: np.ndarray, dim: int, seed: int) -> np.ndarray:
-    """float32 (N, dim) of length 1 around 1,000 centres that depend on nothing; `numbers` choose the centres."""
+def vectors(numbers: np.ndarray, dim: int, seed: Sequence[int]) -> np.ndarray:
+    """float32 (N, dim) of length 1 around 1,000 centres that depend on nothing; `numbers` choose the centres,
+    `seed` what is around them."""
     centres = np.random.default_rng(0).normal(size=(NUM_CLUSTERS, dim)).astype(np.float32)
     found = centres[numbers % NUM_CLUSTERS]
     # In a space of many dimensions noise must lie in a few, or all neighbours are equally far.
@@ -50,7 +53,8 @@ def publish(output: Store, labeled: np.ndarray, deleted: np.ndarray, dim: int) -
         labels=[
             files.put(output, f"labels/{where}-{start:09d}.parquet", files.labels(rows, claim, dim), claim, str(start))
             for start in range(0, len(labeled), _ROWS_PER_FILE)
-            for rows in [_rows(labeled[start : start + _ROWS_PER_FILE], dim, claim.run_seq)]
+            # Another seed for each file: rows of two would be copies of one another.
+            for rows in [_rows(labeled[start : start + _ROWS_PER_FILE], dim, (claim.run_seq, start))]
         ],
         deletions=[files.put(output, f"deletions/{where}.parquet", files.deletions(gone, claim), claim, "0")]
         if len(gone)
@@ -94,7 +98,7 @@ def _outcomes(numbers: np.ndarray, run_seq: int) -> pa.Table:
     return pa.table(columns).cast(schema.CATALOG)
 
 
-def _rows(numbers: np.ndarray, dim: int, seed: int) -> pa.Table:
+def _rows(numbers: np.ndarray, dim: int, seed: Sequence[int]) -> pa.Table:
     count, keys = len(numbers), _keys(numbers)
     names = pa.array([f"class {number}" for number in numbers % NUM_CLUSTERS])
     known = {
