@@ -130,15 +130,16 @@ Find images that an index holds more than once.
   exact  equal SHA-256 (label with --image-stats), else equal etags that are MD5, and equal sizes
   near   a cosine of --min-cosine or more between their true vectors, among the 32 nearest of each image
 
---output gets edges.parquet with the pairs, groups.parquet with groups around the largest picture of each, to which all
-in the group are near, duplicates.html with thumbnails of the largest groups, and duplicates.json with counts.
+A folder --output/VERSION of each version of the index, which the last line names, gets edges.parquet with the pairs,
+groups.parquet with groups around the largest picture of each, to which all in the group are near, duplicates.html with
+thumbnails of the largest groups, and duplicates.json with counts. So the same command runs after every night.
 """,
         epilog=f"""\
 exit codes:
     0  written, also where there are no duplicates
   {ConfigError.exit_code:3}  cannot work as given: no such index, a threshold that is none, or too many pairs
   {SourceError.exit_code:3}  the index or the labels cannot be read, or the output written
-  {ConflictError.exit_code:3}  a damaged index, or an output that holds the duplicates of another index or threshold
+  {ConflictError.exit_code:3}  a damaged index, or a folder that holds the duplicates of another index or threshold
   {STOPPED:3}  stopped; run it again
 
 examples:
@@ -148,7 +149,7 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_index(parser)
-    parser.add_argument("--output", required=True, metavar="URL", help="a folder of its own: s3:// or local")
+    parser.add_argument("--output", required=True, metavar="URL", help="a place for a folder of each version: s3:// or local")
     parser.add_argument(
         "--min-cosine",
         type=float,

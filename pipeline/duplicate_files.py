@@ -1,6 +1,6 @@
 """Duplicates as they were found -> Parquet files, a page of the largest groups, and duplicates.json, written last.
 
-    settings.json     which index and threshold: an output holds the duplicates of one
+    settings.json     which index, version and threshold: a folder holds the duplicates of one
     edges.parquet     EDGES; edges-00001.parquet and so on where there are many
     groups.parquet    GROUPS, in the same way
     duplicates.html   thumbnails of the largest groups, read from where the pictures are
@@ -110,7 +110,7 @@ class Duplicates(NamedTuple):
 
 
 def check(target: Store, settings: Settings) -> None:
-    """ConflictError for an output that holds duplicates of another index or threshold."""
+    """ConflictError for a folder that holds duplicates of another index or threshold."""
     standing = storage.get_or_none(target, "settings.json")
     if standing is not None:
         _check_equal(target, settings, standing)
@@ -120,8 +120,8 @@ def _check_equal(target: Store, settings: Settings, standing: bytes) -> None:
     if standing != _json(settings.model_dump()):
         held = " ".join(standing.decode(errors="replace").split())
         raise ConflictError(
-            f"{target.root}: expected an output for duplicates of {settings.version} at {settings.min_cosine:g}, found"
-            f" one of {held[:500]}; write to another place"
+            f"{target.root}: expected a folder for duplicates of {settings.version} at {settings.min_cosine:g}, found"
+            f" one of {held[:500]}; give another --output"
         )
 
 

@@ -59,17 +59,18 @@ class Options:
 
 
 def find_duplicates(options: Options) -> str:
-    """Find, write, and say what was found. The same again writes the same over it.
+    """Find, write below `<output>/<version>/`, and say what was found and in which folder. The same again writes the
+    same over it, and a later version of the index goes beside it.
 
     Raises ConfigError for an index that is not there, a threshold that is none, or one that gives more than MAX_PAIRS;
-    ConflictError for damage, and an output that holds duplicates of another index or threshold; SourceError for
+    ConflictError for damage, and a folder that holds duplicates of another index or threshold; SourceError for
     storage. Pictures that cannot be read are shown as such.
     """
     started_s = time.perf_counter()
     if not 0 < options.min_cosine <= 1:
         raise ConfigError(f"--min-cosine: expected above 0, at most 1, found {options.min_cosine:g}")
     opened = index.open_index(options.index, options.space, options.version)
-    target = storage.connect_output(options.output)
+    target = storage.connect_output(f"{options.output.rstrip('/')}/{opened.info.version}")
     settings = Settings(
         index=opened.store.root,
         space_id=opened.info.space_id,
