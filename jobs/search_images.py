@@ -149,7 +149,9 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_index(parser)
-    parser.add_argument("--output", required=True, metavar="URL", help="a place for a folder of each version: s3:// or local")
+    parser.add_argument(
+        "--output", required=True, metavar="URL", help="where each version gets its folder: s3:// or local"
+    )
     parser.add_argument(
         "--min-cosine",
         type=float,

@@ -200,12 +200,12 @@ def _sample(nights: Store, current: View, num_rows: int) -> tuple[Ordinals, Floa
         wanted = view.wanted_rows(catalog.read_table(nights, files[number]))
         share = min(len(wanted), math.ceil(num_rows * files[number].num_rows / total))
         places = np.sort(random.choice(len(wanted), share, replace=False))
-        fields = view.fields_of(current, ["uri", "embedding"])
+        fields = view.fields_of(current, ["uri", "run_seq", "embedding"])
         for start in range(0, len(places), index_encode.SLICE_ROWS):
             some = places[start : start + index_encode.SLICE_ROWS]
             table = view.rows_of(nights, current.labels, current.root, wanted.take(pa.array(some)), fields)
             ordinals.append(index_encode.first_ordinal(current, number) + some)
-            vectors.append(check_vectors(table, nights.root))
+            vectors.append(check_vectors(nights, current, table))
     return np.concatenate(ordinals), np.concatenate(vectors)
 
 

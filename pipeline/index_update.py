@@ -99,7 +99,7 @@ def _update(
         num_changed += len(gone) + len(change.rows)
         if num_changed > MAX_CHURN * base.num_built_rows:
             raise _AnewError(f"more than {MAX_CHURN:.0%} of {base.num_built_rows:,} rows changed since the last build")
-        vectors_ND = check_vectors(change.rows, nights.root)
+        vectors_ND = check_vectors(nights, current, change.rows)
         ordinals_N = np.arange(next_ordinal, next_ordinal + len(change.rows))
         truth = index_recall.updated(truth, gone, vectors_ND, ordinals_N, vectors.num_rows)
         vectors.remove(gone)

@@ -559,17 +559,25 @@ def test_two_spaces_are_never_mixed(several: Nights, place: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [[np.nan] * DIM, [np.inf] + [0.0] * (DIM - 1), [0.0] * DIM, [0.7] + [0.0] * (DIM - 1)])
-def test_vectors_that_are_not_finite_and_of_length_1_are_counted_and_refused(
-    tmp_path: Path, place: str, bad: list[float]
+def test_vectors_that_are_not_finite_and_of_length_1_are_counted_and_refused_with_the_file(
+    tmp_path: Path, place: str, bad: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = Nights(storage.connect(str(tmp_path / "out")))
-    output.publish(
-        [f"{number}.jpg" for number in range(6)],
-        change=lambda row: {**row, "embedding": bad} if row["key"] in ("3.jpg", "4.jpg") else row,
+    output = Nights(storage.connect(str(tmp_path / "out")), rows_per_file=2)
+    output.publish(["0.jpg", "5.jpg", *(f"{number}.jpg" for number in range(1, 5))])
+    first = built(output, place)
+    entry = output.publish(  # files of 1 and 3, of 4 and 6: the second and the keys of an older one enclose the bad row
+        ["1.jpg", "3.jpg", "4.jpg", "6.jpg"],
+        change=lambda row: {**row, "embedding": bad} if row["key"] in ("4.jpg", "6.jpg") else row,
     )
-    with pytest.raises(ConflictError, match=r"found \d+ others among \d+ rows, first s3://photos/in/\d.jpg; verify"):
-        build_index(options(output, place))
-    assert nothing_announced(place)
+    message = (
+        rf"out/{re.escape(entry.labels[1].key)}: expected finite embeddings of length 1, found another of"
+        r" s3://photos/in/4.jpg, the first of \d among \d neighbouring rows; verify the output; no index was announced$"
+    )
+    monkeypatch.setattr(index_update, "MAX_CHURN", 100.0)
+    for update in (False, True):
+        with pytest.raises(ConflictError, match=message):
+            build_index(options(output, place, update=update))
+    assert index.open_index(place).info == first.info
 
 
 def test_a_folder_of_foreign_parquet_is_no_input(tmp_path: Path, place: str) -> None:
