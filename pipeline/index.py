@@ -148,7 +148,7 @@ class Index:
 
     def ordinal_of(self, uri: str) -> int:
         """The ordinal of a uri; ConfigError if the index does not have it."""
-        neighbours: list[str] = []
+        before, after = [], []  # of each file, the uris next to it
         for ref in self.info.rows:
             if ref.first_uri <= uri <= ref.last_uri:
                 table = self._rows_of(ref)
@@ -156,8 +156,13 @@ class Index:
                 if place >= 0:
                     return int(table["ordinal"][place].as_py())
                 uris = sorted(table["uri"].to_pylist())
-                neighbours += uris[bisect_left(uris, uri) - 1 :][:2]
-        near = f"; the uris around it: {', '.join(sorted(neighbours)[:4])}" if neighbours else ""
+                place = bisect_left(uris, uri)
+                before.append(uris[place - 1])
+                after.append(uris[place])
+            else:
+                (before if ref.last_uri < uri else after).append(ref.last_uri if ref.last_uri < uri else ref.first_uri)
+        around = [*([max(before)] if before else []), *([min(after)] if after else [])]
+        near = f"; the uris around it: {', '.join(around)}" if around else ""
         raise ConfigError(
             f"{uri}: expected a uri of index {self.info.version}, all of which are below {self.info.source.input}/,"
             f" found none such{near}"

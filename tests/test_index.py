@@ -130,6 +130,32 @@ def test_an_index_holds_each_image_of_the_view_once_by_its_newest_label(
         found.ordinal_of(f"{nights.ROOT}/a/04.jpg")
 
 
+def test_a_uri_that_is_not_there_is_answered_with_those_around_it_in_all_files(
+    several: Nights, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(several, place)
+    several.publish(["a/04c.jpg", "zz.jpg"])
+    found = updated(several, place, monkeypatch)
+    uris = sorted(several.current[DEIT])
+    for key in (
+        "",
+        "a/04b.jpg",
+        "a/04d.jpg",
+        "a/07z.jpg",
+        "b b/03x.jpg",
+        "top2.jpg",
+        "zzz.jpg",
+        "ü'x/01x.jpg",
+        "ü'z.jpg",
+    ):
+        uri = f"{nights.ROOT}/{key}"
+        before = [each for each in uris if each < uri][-1:]
+        after = [each for each in uris if each > uri][:1]
+        around = re.escape(", ".join([*before, *after]))
+        with pytest.raises(ConfigError, match=f"found none such; the uris around it: {around}$"):
+            found.ordinal_of(uri)
+
+
 @pytest.mark.parametrize("factory", ["exact", FLAT])
 def test_a_search_through_everything_gives_what_brute_force_gives(several: Nights, place: str, factory: str) -> None:
     found = built(several, place, factory=factory)
@@ -586,6 +612,21 @@ def test_a_folder_of_foreign_parquet_is_no_input(tmp_path: Path, place: str) -> 
     with pytest.raises(ConfigError, match=r"foreign: expected published runs, found none; is this the --output of a"):
         build_index(Options(input=str(tmp_path / "foreign"), output=place))
     assert nothing_announced(place)
+
+
+def test_an_output_and_an_index_in_each_others_place_are_named_with_their_flags(several: Nights, place: str) -> None:
+    labels = r"expected an index, which is --output of build_index and --index of search_images, found a labeling outp"
+    for update in (False, True):
+        with pytest.raises(ConfigError, match=rf"o'ut \[1\]: {labels}ut, which is --input of build_index$"):
+            build_index(options(several, several.output.root, update=update))
+    with pytest.raises(ConfigError, match=labels):
+        index.open_index(several.output.root)
+    built(several, place)
+    with pytest.raises(
+        ConfigError,
+        match=r"expected the log of a labeling output, found that of an index, which is --output of build_i",
+    ):
+        build_index(Options(input=place, output=f"{place}2"))
 
 
 @pytest.mark.parametrize(
