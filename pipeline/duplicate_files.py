@@ -249,8 +249,9 @@ def _page(settings: Settings, groups: pa.Table, found: Duplicates, input_url: st
     ]
     note = (
         f"Index {settings.version} of space {settings.space_id}, cosine {settings.min_cosine:g} or more:"
-        f" {len(found.copies.copy):,} exact copies, {len(found.near.a):,} near pairs, {num_groups:,} groups, of which"
-        f" {len(parts):,} are shown. The first picture of a group leads it: most pixels, then most bytes. The number is"
+        f" {sheet.counted(len(found.copies.copy), 'exact copy', 'exact copies')},"
+        f" {sheet.counted(len(found.near.a), 'near pair')}, {sheet.counted(num_groups, 'group')}, {len(parts):,} shown."
+        " The first picture of a group leads it: most pixels, then most bytes. The number is"
         " the cosine to it."
     )
     return sheet.write("Duplicates", sections, note)
@@ -265,7 +266,7 @@ def _section(rows: Sequence[dict[str, Any]], num_rows: int, pictures: Sequence[t
         Tile(row["uri"], *picture, lines=list(_lines(row)), score=None if row["kind"] == "leader" else row["cosine"])
         for row, picture in zip(rows, pictures, strict=True)
     ]
-    note = f"{len(rows):,} of them are shown" if len(rows) < num_rows else ""
+    note = f"{len(rows):,} of them shown" if len(rows) < num_rows else ""
     return Section(f"Group {rows[0]['group_id']:,}: {num_rows:,} pictures", note, tiles)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import duplicate_files, index, index_files, leaders, storage
+from pipeline import duplicate_files, index, index_files, leaders, sheet, storage
 from pipeline.duplicate_files import ROWS, Copies, Duplicates, Members, Settings
 from pipeline.errors import ConfigError, SourceError
 from pipeline.index import Index
@@ -90,12 +90,14 @@ def find_duplicates(options: Options) -> str:
         "seconds": seconds,
     }
     duplicate_files.finish(target, settings, counts)
-    unknown = f" ({num_without_digest:,} rows have no digest: label with --image-stats)" if num_without_digest else ""
+    without = sheet.counted(num_without_digest, "row")
+    unknown = f" ({without} without a digest: label with --image-stats)" if num_without_digest else ""
     return (
-        f"wrote {target.root}: of {opened.info.num_rows:,} rows, {len(copies.copy):,} are exact copies{unknown};"
-        f" {len(near.a):,} pairs have a cosine of {options.min_cosine:g} or more; {counts['num_groups']:,} groups, in"
-        f" which {counts['num_duplicates']:,} rows of {counts['duplicate_bytes'] / 1e6:,.1f} MB are not the best;"
-        f" {seconds:,.1f} s"
+        f"wrote {target.root}: of {sheet.counted(opened.info.num_rows, 'row')},"
+        f" {sheet.counted(len(copies.copy), 'exact copy', 'exact copies')}{unknown};"
+        f" {sheet.counted(len(near.a), 'pair')} with a cosine of {options.min_cosine:g} or more;"
+        f" {sheet.counted(counts['num_groups'], 'group')}, with {sheet.counted(counts['num_duplicates'], 'row')} of"
+        f" {counts['duplicate_bytes'] / 1e6:,.1f} MB beside the best; {seconds:,.1f} s"
     )
 
 

@@ -195,7 +195,7 @@ def test_equal_sha256_or_else_equal_md5_and_size_are_the_same_content(case: Case
         ("mixed/elsewhere.jpg", "mixed/older.jpg"): 1,
     }
     assert case.edges("near") == {}
-    assert "of 15 rows, 5 are exact copies (4 rows have no digest: label with --image-stats)" in said
+    assert "of 15 rows, 5 exact copies (4 rows without a digest: label with --image-stats)" in said
     assert case.said()["num_without_digest"] == 4
 
 
@@ -337,9 +337,27 @@ def test_perceptual_hashes_are_compared_bit_by_bit_where_both_are_known(case: Ca
     assert [row["phash_distance"] for row in case.read("groups") if row["uri"] == "b.jpg"] == [64]
 
 
+def test_one_is_not_several_and_nearly_is_not_equal(case: Case) -> None:
+    case.publish(
+        {
+            "a.jpg": {"embedding": direction(0), "sha256": SHA256},
+            "b.jpg": {"embedding": direction(0), "sha256": SHA256},
+            "c.jpg": {"embedding": turned(direction(0), 1.6)},
+        }
+    )
+    said = case.find()
+    assert "of 3 rows, 1 exact copy (1 row without a digest" in said
+    assert "; 1 pair with a cosine of 0.995 or more; 1 group, with 2 rows of 0.0 MB beside the best; " in said
+    page = Text(case.page())
+    assert "1 exact copy, 1 near pair, 1 group, 1 shown" in page.shown
+    assert "0.9996" in page.shown
+    assert "1.0000" in page.shown  # the copy
+    assert "nav" not in page.tags
+
+
 def test_nothing_is_an_answer_too(case: Case) -> None:
     case.publish({"only.jpg": {"embedding": direction(0)}})
-    assert "0 pairs have a cosine of 0.995 or more; 0 groups" in case.find()
+    assert "of 1 row, 0 exact copies (1 row without a digest: label with --image-stats); 0 pairs with" in case.find()
     assert (case.read("edges"), case.read("groups")) == ([], [])
     assert "0 groups" in case.page()
 
@@ -460,9 +478,9 @@ def test_the_page_shows_the_largest_groups_and_why_a_picture_is_not_there(
     assert page.num_pictures == 3
     assert "script" not in page.tags
     assert "a/<script>alert(1)<.png" in page.shown
-    for text in ("missing: ", "changed: ", "truncated: ", "Group 1: 5 pictures", "4 of them are shown", "cat 0.750"):
+    for text in ("missing: ", "changed: ", "truncated: ", "Group 1: 5 pictures", "4 of them shown", "cat 0.750"):
         assert text in page.shown, text
-    assert "4 groups, of which 3 are shown" in page.shown
+    assert "4 groups, 3 shown" in page.shown
 
 
 def test_a_source_that_cannot_be_read_takes_nothing_but_the_pictures(
