@@ -89,17 +89,16 @@ examples:
     )
     parser.add_argument(
         "--factory",
-        default="auto",
         metavar="NAME",
         help="exact, or what FAISS calls inverted lists: IVF1024,SQ8 or IVF65536_HNSW32,SQ8; default auto, by the"
-        " number of rows and --max-memory-gib",
+        " number of rows and --max-memory-gib, and with --update what the version before was asked for",
     )
     parser.add_argument(
         "--min-recall",
         type=_share,
-        default=0.95,
         metavar="SHARE",
-        help="announce nothing that finds less of the ten nearest; default 0.95",
+        help="announce nothing that finds less of the ten nearest; default 0.95, and with --update what the version"
+        " before was asked for",
     )
     parser.add_argument(
         "--max-memory-gib",

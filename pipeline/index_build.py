@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from pipeline.errors import ConfigError, ConflictError
 from pipeline.faults import crash_point
 from pipeline.index_encode import EncodeFiles, Job, check_vectors
 from pipeline.index_files import SliceWriter
-from pipeline.index_log import Announcement, Info, RowsFile, Source
+from pipeline.index_log import AUTO, MIN_RECALL, Announcement, Info, RowsFile, Source
 from pipeline.index_recall import Measured, Truth
 from pipeline.index_vectors import EXACT, Floats, IvfVectors, Ordinals, Vectors
 from pipeline.storage import Store
@@ -60,10 +61,29 @@ class Options:
     output: str
     space: str | None = None
     update: bool = False
-    factory: str = "auto"
-    min_recall: float = 0.95
+    factory: str | None = None
+    """None, of an update: as the base version was asked for; else auto."""
+    min_recall: float | None = None
+    """None, of an update: as the base version was asked for; else 0.95."""
     max_memory_bytes: int | None = None
     """None: what this machine has left."""
+
+
+class Asked(NamedTuple):
+    """What an index is asked for, and its next versions unless they are asked for something else."""
+
+    factory: str
+    min_recall: float
+
+
+def asked(options: Options, base: Info | None) -> Asked:
+    """What the flags say, else what they said for the version that is updated."""
+    factory = base.asked_factory if base else AUTO
+    min_recall = base.min_recall if base else MIN_RECALL
+    return Asked(
+        factory=options.factory if options.factory is not None else factory,
+        min_recall=options.min_recall if options.min_recall is not None else min_recall,
+    )
 
 
 def max_memory_bytes(options: Options) -> int:
@@ -85,7 +105,7 @@ def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, h
     Raises ConfigError for a factory that takes no deletions, more lists than rows, FAISS that is not there, and an
     index that does not fit.
     """
-    if wanted not in ("auto", EXACT):
+    if wanted not in (AUTO, EXACT):
         candidates = [wanted]
         if index_vectors.num_lists(wanted) > num_rows:
             raise ConfigError(f"--factory {wanted}: expected at most as many lists as rows, found {num_rows:,} rows")
@@ -98,7 +118,7 @@ def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, h
     if candidates != [EXACT] and not has_faiss:
         raise ConfigError(
             f"expected FAISS for an index of {num_rows:,} rows, found none; pip install 'label-bucket[index]'"
-            + (f", or --factory {EXACT} with {gib(estimate_bytes(EXACT, num_rows, dim))}" if wanted == "auto" else "")
+            + (f", or --factory {EXACT} with {gib(estimate_bytes(EXACT, num_rows, dim))}" if wanted == AUTO else "")
         )
     for candidate in candidates:
         if estimate_bytes(candidate, num_rows, dim) <= memory_bytes:
@@ -130,7 +150,7 @@ def gib(num_bytes: int) -> str:
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def build(nights: Store, store: Store, current: View, options: Options, encode: EncodeFiles) -> str:
+def build(nights: Store, store: Store, current: View, options: Options, wanted: Asked, encode: EncodeFiles) -> str:
     """Build from nothing and announce; what was done. `encode` is `index_encode.in_this_process`, or spreads it.
 
     Raises ConfigError as `choose_factory` and for a view without rows, ConflictError for damage, for recall below the
@@ -140,7 +160,7 @@ def build(nights: Store, store: Store, current: View, options: Options, encode: 
     newest = index_log.newest_of(index_log.read_log(store), current.space_id)
     most_rows = sum(ref.num_rows for ref in current.catalog)  # failed ones among them, which are few
     factory = choose_factory(
-        options.factory,
+        wanted.factory,
         most_rows,
         dim_of(current),
         max_memory_bytes(options),
@@ -185,8 +205,9 @@ def build(nights: Store, store: Store, current: View, options: Options, encode: 
         newest=newest,
         base=None,
         num_changed_rows=0,
+        asked=wanted,
     )
-    return publish(nights, store, current, draft, check_recall(draft, tune(vectors, truth), options), started_s)
+    return publish(nights, store, current, draft, check_recall(draft, tune(vectors, truth)), started_s)
 
 
 def _sample(nights: Store, current: View, num_rows: int) -> tuple[Ordinals, Floats]:
@@ -258,13 +279,14 @@ class Draft:
     """What was updated; None for a build from nothing."""
     num_changed_rows: int
     """Since the last build from nothing."""
+    asked: Asked
 
 
-def check_recall(draft: Draft, measured: Measured, options: Options) -> Measured:
+def check_recall(draft: Draft, measured: Measured) -> Measured:
     """What was measured; ConflictError below --min-recall."""
-    if measured.recall_at_10 < options.min_recall:
+    if measured.recall_at_10 < draft.asked.min_recall:
         raise ConflictError(
-            f"expected recall@10 of {options.min_recall:g} or more from {draft.factory}, found"
+            f"expected recall@10 of {draft.asked.min_recall:g} or more from {draft.factory}, found"
             f" {measured.recall_at_10:.4f} of {measured.num_samples} sampled rows; nothing was announced; use a"
             f" --factory with more bits (IVF…,SQ8 or IVF…,Flat), --factory {EXACT}, or a lower --min-recall"
         )
@@ -295,6 +317,8 @@ def publish(nights: Store, store: Store, current: View, draft: Draft, measured: 
         facts=log.read_claim(nights, current.newest.run_seq).metadata,
         dim=dim_of(current),
         factory=draft.factory,
+        asked_factory=draft.asked.factory,
+        min_recall=draft.asked.min_recall,
         nprobe=draft.vectors.nprobe if isinstance(draft.vectors, IvfVectors) else None,
         num_rows=draft.vectors.num_rows,
         next_ordinal=draft.next_ordinal,

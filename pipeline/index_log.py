@@ -28,6 +28,11 @@ from pipeline.view import LabelFile
 INDEX_VERSION: Final = 1
 """Version of everything below; a reader refuses another one."""
 
+AUTO: Final = "auto"
+"""The factory is chosen by the number of rows and the memory there is."""
+MIN_RECALL: Final = 0.95
+"""Unless something else is asked for."""
+
 FROM_LABELS = (
     *("uri", "image_id", "etag", "size_bytes", "width_px", "height_px", "sha256", "phash"),
     *("label_ids", "label_names", "label_scores", "run_seq"),
@@ -102,6 +107,10 @@ class Info(BaseModel):
     """Of vectors of length 1, so it is the cosine."""
     factory: str
     """`exact`, or what FAISS calls this index."""
+    asked_factory: str = AUTO
+    """What --factory said when it was built; an update that builds anew keeps to it."""
+    min_recall: float = MIN_RECALL
+    """What --min-recall said; updates keep to it."""
     nprobe: int | None
     """Inverted lists that are searched for a query; None for exact."""
     num_rows: int

@@ -374,9 +374,36 @@ def test_what_an_update_would_make_worse_is_built_anew(
     assert rows_of(found) == several.current[DEIT]
 
 
+def test_an_update_that_builds_anew_keeps_to_what_was_asked_for_before(several: Nights, place: str) -> None:
+    def asked(**changes: Any) -> Index:
+        build_index(Options(input=several.output.root, output=place, space=DEIT, **changes))
+        return index.open_index(place)
+
+    first = asked(factory="IVF3,SQ8", min_recall=0.1)
+    several.publish([f"more/{number}.jpg" for number in range(20)])
+    second = asked(update=True)
+    assert second.info.base_version is None
+    several.publish(["one.jpg"])
+    third = asked(update=True)
+    assert third.info.base_version == second.info.version
+    several.publish([f"most/{number}.jpg" for number in range(20)])
+    fourth = asked(update=True)
+    assert fourth.info.base_version is None
+    for each in (first, second, third, fourth):
+        assert (each.info.factory, each.info.asked_factory, each.info.min_recall) == ("IVF3,SQ8", "IVF3,SQ8", 0.1)
+    several.publish(["two.jpg"])
+    fifth = asked(update=True, factory="exact", min_recall=0.3)
+    assert (fifth.info.factory, fifth.info.asked_factory, fifth.info.min_recall) == ("exact", "exact", 0.3)
+    old = json.loads(first.info.model_dump_json(exclude={"asked_factory", "min_recall"}))
+    read = index_log.Info.model_validate(old)
+    assert (read.asked_factory, read.min_recall) == ("auto", 0.95)
+    assert asked().info.asked_factory == "auto"
+
+
 def test_an_index_that_finds_less_after_an_update_is_built_anew(
     several: Nights, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    several.publish([f"many/{number}.jpg" for number in range(100)])  # lists that give ten answers by themselves
     first = built(several, place, factory=SQ8)
     assert first.info.recall_at_10 > index_build.TARGET_RECALL
     store = storage.connect(place)
@@ -534,9 +561,9 @@ def test_a_factory_that_cannot_be_is_refused_before_anything_is_read(
 @pytest.mark.parametrize(
     ("factory", "num_rows", "measured_mib"),
     [
-        ("exact", 10_000, 336),
+        ("exact", 10_000, 360),
         ("exact", 100_000, 1069),
-        ("exact", 300_000, 1673),
+        ("exact", 300_000, 1690),
         ("IVF632,SQ8", 100_000, 918),
         ("IVF1094,SQ8", 300_000, 1194),
         ("IVF2000,SQ8", 1_000_000, 1618),
