@@ -179,9 +179,7 @@ def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
         resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
         ended = pool.submit(list, dataset.label_units(task, resources, work))
         os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
-        with pytest.raises(
-            LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"
-        ):
+        with pytest.raises(LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"):
             ended.result()
 
 
