@@ -3,8 +3,8 @@
 
 A picture goes through the decoding, preprocessing and model that labeled the images of the index, which is looked for
 where the nights found it, or under --model; another model is refused. Scores are cosines from -1 to 1. An index with
-inverted lists approximates them, and may miss a neighbour (see recall_at_10 in its index.json); --exact reads the true
-vectors from the labels. A few filtered images are always scanned.
+inverted lists approximates them, and may miss a neighbour (see recall_at_10 in its index.json); --exact then reads the
+true vectors from the labels. A few filtered images are always scanned.
 """
 
 import argparse
@@ -110,7 +110,9 @@ examples:
         metavar="SCORE",
         help="least cosine, or with --text-label least probability; default: any",
     )
-    answers.add_argument("--exact", action="store_true", help="compare with every true vector, from the labels")
+    answers.add_argument(
+        "--exact", action="store_true", help="compare with every true vector, which lists have from the labels"
+    )
     answers.add_argument(
         "--model", metavar="FOLDER_OR_URL", help="where the index's checkpoint lies; default: where the nights found it"
     )
