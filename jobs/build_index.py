@@ -5,8 +5,8 @@ The index holds what the current view of one space holds: every image that still
 immutable folder below --output, index/<space>/<version>/, that readers see once the log beside it names it. What is
 announced was measured first: the share of the ten nearest that it finds, against exact search.
 
-Small views are compared vector by vector, larger ones through inverted lists of FAISS: 8 bits a dimension, or as many
-as --max-memory-gib allows.
+Small views are compared vector by vector, larger ones through inverted lists of FAISS: 8 bits a dimension, or 6 where
+--max-memory-gib asks for it.
 """
 
 import argparse
@@ -89,23 +89,22 @@ examples:
     )
     parser.add_argument(
         "--factory",
-        default="auto",
         metavar="NAME",
         help="exact, or what FAISS calls inverted lists: IVF1024,SQ8 or IVF65536_HNSW32,SQ8; default auto, by the"
-        " number of rows and --max-memory-gib",
+        " number of rows and --max-memory-gib, and with --update what the version before was asked for",
     )
     parser.add_argument(
         "--min-recall",
         type=_share,
-        default=0.95,
         metavar="SHARE",
-        help="announce nothing that finds less of the ten nearest; default 0.95",
+        help="announce nothing that finds less of the ten nearest; default 0.95, and with --update what the version"
+        " before was asked for",
     )
     parser.add_argument(
         "--max-memory-gib",
         type=_positive,
         metavar="GIB",
-        help="what building may take; default: what this machine has free. Set it in a container",
+        help="what building may take; default: what this machine, and a cgroup (v2) that limits it, have available",
     )
     parser.add_argument(
         "--on-ray",

@@ -3,8 +3,8 @@
 
 A picture goes through the decoding, preprocessing and model that labeled the images of the index, which is looked for
 where the nights found it, or under --model; another model is refused. Scores are cosines from -1 to 1. An index with
-inverted lists approximates them, and may miss a neighbour (see recall_at_10 in its index.json); --exact reads the true
-vectors from the labels. A few filtered images are always scanned.
+inverted lists approximates them, and may miss a neighbour (see recall_at_10 in its index.json); --exact then reads the
+true vectors from the labels. A few filtered images are always scanned.
 """
 
 import argparse
@@ -110,7 +110,9 @@ examples:
         metavar="SCORE",
         help="least cosine, or with --text-label least probability; default: any",
     )
-    answers.add_argument("--exact", action="store_true", help="compare with every true vector, from the labels")
+    answers.add_argument(
+        "--exact", action="store_true", help="compare with every true vector, which lists have from the labels"
+    )
     answers.add_argument(
         "--model", metavar="FOLDER_OR_URL", help="where the index's checkpoint lies; default: where the nights found it"
     )
@@ -130,15 +132,16 @@ Find images that an index holds more than once.
   exact  equal SHA-256 (label with --image-stats), else equal etags that are MD5, and equal sizes
   near   a cosine of --min-cosine or more between their true vectors, among the 32 nearest of each image
 
---output gets edges.parquet with the pairs, groups.parquet with groups around the largest picture of each, to which all
-in the group are near, duplicates.html with thumbnails of the largest groups, and duplicates.json with counts.
+A folder --output/VERSION of each version of the index, which the last line names, gets edges.parquet with the pairs,
+groups.parquet with groups around the largest picture of each, to which all in the group are near, duplicates.html with
+thumbnails of the largest groups, and duplicates.json with counts. So the same command runs after every night.
 """,
         epilog=f"""\
 exit codes:
     0  written, also where there are no duplicates
   {ConfigError.exit_code:3}  cannot work as given: no such index, a threshold that is none, or too many pairs
   {SourceError.exit_code:3}  the index or the labels cannot be read, or the output written
-  {ConflictError.exit_code:3}  a damaged index, or an output that holds the duplicates of another index or threshold
+  {ConflictError.exit_code:3}  a damaged index, or a folder that holds the duplicates of another index or threshold
   {STOPPED:3}  stopped; run it again
 
 examples:
@@ -148,7 +151,9 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_index(parser)
-    parser.add_argument("--output", required=True, metavar="URL", help="a folder of its own: s3:// or local")
+    parser.add_argument(
+        "--output", required=True, metavar="URL", help="where each version gets its folder: s3:// or local"
+    )
     parser.add_argument(
         "--min-cosine",
         type=float,

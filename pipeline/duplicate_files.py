@@ -1,6 +1,6 @@
 """Duplicates as they were found -> Parquet files, a page of the largest groups, and duplicates.json, written last.
 
-    settings.json     which index and threshold: an output holds the duplicates of one
+    settings.json     which index, version and threshold: a folder holds the duplicates of one
     edges.parquet     EDGES; edges-00001.parquet and so on where there are many
     groups.parquet    GROUPS, in the same way
     duplicates.html   thumbnails of the largest groups, read from where the pictures are
@@ -110,7 +110,7 @@ class Duplicates(NamedTuple):
 
 
 def check(target: Store, settings: Settings) -> None:
-    """ConflictError for an output that holds duplicates of another index or threshold."""
+    """ConflictError for a folder that holds duplicates of another index or threshold."""
     standing = storage.get_or_none(target, "settings.json")
     if standing is not None:
         _check_equal(target, settings, standing)
@@ -120,8 +120,8 @@ def _check_equal(target: Store, settings: Settings, standing: bytes) -> None:
     if standing != _json(settings.model_dump()):
         held = " ".join(standing.decode(errors="replace").split())
         raise ConflictError(
-            f"{target.root}: expected an output for duplicates of {settings.version} at {settings.min_cosine:g}, found"
-            f" one of {held[:500]}; write to another place"
+            f"{target.root}: expected a folder for duplicates of {settings.version} at {settings.min_cosine:g}, found"
+            f" one of {held[:500]}; give another --output"
         )
 
 
@@ -249,8 +249,9 @@ def _page(settings: Settings, groups: pa.Table, found: Duplicates, input_url: st
     ]
     note = (
         f"Index {settings.version} of space {settings.space_id}, cosine {settings.min_cosine:g} or more:"
-        f" {len(found.copies.copy):,} exact copies, {len(found.near.a):,} near pairs, {num_groups:,} groups, of which"
-        f" {len(parts):,} are shown. The first picture of a group leads it: most pixels, then most bytes. The number is"
+        f" {sheet.counted(len(found.copies.copy), 'exact copy', 'exact copies')},"
+        f" {sheet.counted(len(found.near.a), 'near pair')}, {sheet.counted(num_groups, 'group')}, {len(parts):,} shown."
+        " The first picture of a group leads it: most pixels, then most bytes. The number is"
         " the cosine to it."
     )
     return sheet.write("Duplicates", sections, note)
@@ -265,7 +266,7 @@ def _section(rows: Sequence[dict[str, Any]], num_rows: int, pictures: Sequence[t
         Tile(row["uri"], *picture, lines=list(_lines(row)), score=None if row["kind"] == "leader" else row["cosine"])
         for row, picture in zip(rows, pictures, strict=True)
     ]
-    note = f"{len(rows):,} of them are shown" if len(rows) < num_rows else ""
+    note = f"{len(rows):,} of them shown" if len(rows) < num_rows else ""
     return Section(f"Group {rows[0]['group_id']:,}: {num_rows:,} pictures", note, tiles)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import duplicate_files, index, index_files, leaders, storage
+from pipeline import duplicate_files, index, index_files, leaders, sheet, storage
 from pipeline.duplicate_files import ROWS, Copies, Duplicates, Members, Settings
 from pipeline.errors import ConfigError, SourceError
 from pipeline.index import Index
@@ -59,17 +59,18 @@ class Options:
 
 
 def find_duplicates(options: Options) -> str:
-    """Find, write, and say what was found. The same again writes the same over it.
+    """Find, write below `<output>/<version>/`, and say what was found and in which folder. The same again writes the
+    same over it, and a later version of the index goes beside it.
 
     Raises ConfigError for an index that is not there, a threshold that is none, or one that gives more than MAX_PAIRS;
-    ConflictError for damage, and an output that holds duplicates of another index or threshold; SourceError for
+    ConflictError for damage, and a folder that holds duplicates of another index or threshold; SourceError for
     storage. Pictures that cannot be read are shown as such.
     """
     started_s = time.perf_counter()
     if not 0 < options.min_cosine <= 1:
         raise ConfigError(f"--min-cosine: expected above 0, at most 1, found {options.min_cosine:g}")
     opened = index.open_index(options.index, options.space, options.version)
-    target = storage.connect_output(options.output)
+    target = storage.connect_output(f"{options.output.rstrip('/')}/{opened.info.version}")
     settings = Settings(
         index=opened.store.root,
         space_id=opened.info.space_id,
@@ -89,12 +90,14 @@ def find_duplicates(options: Options) -> str:
         "seconds": seconds,
     }
     duplicate_files.finish(target, settings, counts)
-    unknown = f" ({num_without_digest:,} rows have no digest: label with --image-stats)" if num_without_digest else ""
+    without = sheet.counted(num_without_digest, "row")
+    unknown = f" ({without} without a digest: label with --image-stats)" if num_without_digest else ""
     return (
-        f"wrote {target.root}: of {opened.info.num_rows:,} rows, {len(copies.copy):,} are exact copies{unknown};"
-        f" {len(near.a):,} pairs have a cosine of {options.min_cosine:g} or more; {counts['num_groups']:,} groups, in"
-        f" which {counts['num_duplicates']:,} rows of {counts['duplicate_bytes'] / 1e6:,.1f} MB are not the best;"
-        f" {seconds:,.1f} s"
+        f"wrote {target.root}: of {sheet.counted(opened.info.num_rows, 'row')},"
+        f" {sheet.counted(len(copies.copy), 'exact copy', 'exact copies')}{unknown};"
+        f" {sheet.counted(len(near.a), 'pair')} with a cosine of {options.min_cosine:g} or more;"
+        f" {sheet.counted(counts['num_groups'], 'group')}, with {sheet.counted(counts['num_duplicates'], 'row')} of"
+        f" {counts['duplicate_bytes'] / 1e6:,.1f} MB beside the best; {seconds:,.1f} s"
     )
 
 

@@ -4,8 +4,8 @@ A row is named by its ordinal, a number that the index gives: 0, 1, 2, … in or
 for what updates add. So nothing depends on image_id, of which two may be equal.
 
 A module of its own because search, duplicates and exports read an index without building one. Neither Ray nor torch is
-needed, and FAISS only for an index that was built with it. True vectors are in the labeling output, which stays the
-truth: `true_vectors`, `exact`.
+needed, and FAISS only for an index that was built with it. Where an index has approximations, true vectors are read
+from the labeling output: `true_vectors`, `exact`.
 """
 
 import functools
@@ -21,7 +21,7 @@ from pipeline import index_files, index_log, index_vectors, schema, storage, vie
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.index_files import SliceReader
 from pipeline.index_log import ROWS, Info, RowsFile
-from pipeline.index_vectors import EXACT, Floats, Found, Ordinals, Vectors
+from pipeline.index_vectors import EXACT, ExactVectors, Floats, Found, Ordinals, Vectors
 from pipeline.storage import Store
 
 _CACHED_FILES = 8
@@ -148,7 +148,7 @@ class Index:
 
     def ordinal_of(self, uri: str) -> int:
         """The ordinal of a uri; ConfigError if the index does not have it."""
-        neighbours: list[str] = []
+        before, after = [], []  # of each file, the uris next to it
         for ref in self.info.rows:
             if ref.first_uri <= uri <= ref.last_uri:
                 table = self._rows_of(ref)
@@ -156,8 +156,13 @@ class Index:
                 if place >= 0:
                     return int(table["ordinal"][place].as_py())
                 uris = sorted(table["uri"].to_pylist())
-                neighbours += uris[bisect_left(uris, uri) - 1 :][:2]
-        near = f"; the uris around it: {', '.join(sorted(neighbours)[:4])}" if neighbours else ""
+                place = bisect_left(uris, uri)
+                before.append(uris[place - 1])
+                after.append(uris[place])
+            else:
+                (before if ref.last_uri < uri else after).append(ref.last_uri if ref.last_uri < uri else ref.first_uri)
+        around = [*([max(before)] if before else []), *([min(after)] if after else [])]
+        near = f"; the uris around it: {', '.join(around)}" if around else ""
         raise ConfigError(
             f"{uri}: expected a uri of index {self.info.version}, all of which are below {self.info.source.input}/,"
             f" found none such{near}"
@@ -184,11 +189,20 @@ class Index:
     # --- true vectors ---------------------------------------------------------------------------------------------
 
     def true_vectors(self, ordinals: Ordinals | Sequence[int]) -> Floats:
-        """The true vectors of these ordinals, in their order: (N, D).
+        """The true vectors of these ordinals, in their order: (N, D). An `exact` index holds them itself; those of
+        others are read from the labeling output.
 
         Raises ConfigError for an ordinal that is not there, ConflictError for a label file that is gone or another one.
         """
-        return self._true(self.rows(ordinals))
+        if self.info.factory != EXACT:
+            return self._true(self.rows(ordinals))
+        held = self.vectors
+        assert isinstance(held, ExactVectors)
+        wanted = np.asarray(ordinals, np.int64)
+        is_missing = ~np.isin(wanted, held.ordinals_N)
+        if is_missing.any():
+            raise ConfigError(f"expected an ordinal of index {self.info.version}, found {wanted[is_missing][0]}")
+        return held.vectors_of(wanted)
 
     def _true(self, rows: pa.Table) -> Floats:
         uris, places = np.unique(np.asarray(rows["uri"].to_pylist(), object), return_inverse=True)

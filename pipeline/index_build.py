@@ -12,30 +12,30 @@ announced, and nothing is announced that does not find what it should.
 
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline import catalog, index_encode, index_files, index_log, index_recall, index_vectors, log, view
+from pipeline import catalog, index_encode, index_files, index_log, index_recall, index_vectors, log, memory, view
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.faults import crash_point
 from pipeline.index_encode import EncodeFiles, Job, check_vectors
 from pipeline.index_files import SliceWriter
-from pipeline.index_log import Announcement, Info, RowsFile, Source
+from pipeline.index_log import AUTO, MIN_RECALL, Announcement, Info, RowsFile, Source
 from pipeline.index_recall import Measured, Truth
 from pipeline.index_vectors import EXACT, Floats, IvfVectors, Ordinals, Vectors
 from pipeline.storage import Store
 from pipeline.view import View
 
 MAX_EXACT_ROWS = 50_000
-"""Up to here every vector is compared, which finds everything: 8 ms a query at 384 dimensions on two cores."""
+"""Up to here every vector is compared, which finds everything: 3 to 8 ms a query at 384 dimensions on two cores."""
 MAX_ROWS_WITHOUT_FAISS = 500_000
 """Beyond, exact search takes longer than anybody waits, and FAISS is asked for."""
 MAX_FLAT_LISTS_ROWS = 2_000_000
@@ -47,6 +47,8 @@ _SAMPLED_FILES = 64
 TARGET_RECALL = 0.97
 _RECALL_SLACK = 0.005
 """Below the target, searching more lists is not worth while for less than this."""
+_EXACT_BYTES, _LISTS_BYTES = 400 << 20, 700 << 20
+"""What a build takes whatever its rows are: Python and its libraries, files as they are read; FAISS and its work."""
 _log = logging.getLogger(__name__)
 
 
@@ -59,16 +61,34 @@ class Options:
     output: str
     space: str | None = None
     update: bool = False
-    factory: str = "auto"
-    min_recall: float = 0.95
+    factory: str | None = None
+    """None, of an update: as the base version was asked for; else auto."""
+    min_recall: float | None = None
+    """None, of an update: as the base version was asked for; else 0.95."""
     max_memory_bytes: int | None = None
     """None: what this machine has left."""
 
 
+class Asked(NamedTuple):
+    """What an index is asked for, and its next versions unless they are asked for something else."""
+
+    factory: str
+    min_recall: float
+
+
+def asked(options: Options, base: Info | None) -> Asked:
+    """What the flags say, else what they said for the version that is updated."""
+    factory = base.asked_factory if base else AUTO
+    min_recall = base.min_recall if base else MIN_RECALL
+    return Asked(
+        factory=options.factory if options.factory is not None else factory,
+        min_recall=options.min_recall if options.min_recall is not None else min_recall,
+    )
+
+
 def max_memory_bytes(options: Options) -> int:
     """What the index may take while it is built."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return options.max_memory_bytes if options.max_memory_bytes is not None else available
+    return options.max_memory_bytes if options.max_memory_bytes is not None else memory.available_bytes()
 
 
 def dim_of(current: View) -> int:
@@ -80,25 +100,25 @@ def dim_of(current: View) -> int:
 
 
 def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, has_faiss: bool) -> str:
-    """`exact`, or inverted lists whose codes fit into memory: 8 bits a dimension, else 6, else 4.
+    """`exact`, or inverted lists whose codes fit into memory: 8 bits a dimension, else 6. With 4, recall is below 0.95.
 
     Raises ConfigError for a factory that takes no deletions, more lists than rows, FAISS that is not there, and an
     index that does not fit.
     """
-    if wanted not in ("auto", EXACT):
+    if wanted not in (AUTO, EXACT):
         candidates = [wanted]
         if index_vectors.num_lists(wanted) > num_rows:
             raise ConfigError(f"--factory {wanted}: expected at most as many lists as rows, found {num_rows:,} rows")
     elif wanted == EXACT or num_rows <= (MAX_EXACT_ROWS if has_faiss else MAX_ROWS_WITHOUT_FAISS):
         candidates = [EXACT]
     elif num_rows <= MAX_FLAT_LISTS_ROWS:
-        candidates = [f"IVF{2 * math.isqrt(num_rows)},SQ{bits}" for bits in (8, 6, 4)]
+        candidates = [f"IVF{2 * math.isqrt(num_rows)},SQ{bits}" for bits in (8, 6)]
     else:
-        candidates = [f"IVF{4 * math.isqrt(num_rows)}_HNSW32,SQ{bits}" for bits in (8, 6, 4)]
+        candidates = [f"IVF{4 * math.isqrt(num_rows)}_HNSW32,SQ{bits}" for bits in (8, 6)]
     if candidates != [EXACT] and not has_faiss:
         raise ConfigError(
             f"expected FAISS for an index of {num_rows:,} rows, found none; pip install 'label-bucket[index]'"
-            + (f", or --factory {EXACT} with {gib(estimate_bytes(EXACT, num_rows, dim))}" if wanted == "auto" else "")
+            + (f", or --factory {EXACT} with {gib(estimate_bytes(EXACT, num_rows, dim))}" if wanted == AUTO else "")
         )
     for candidate in candidates:
         if estimate_bytes(candidate, num_rows, dim) <= memory_bytes:
@@ -111,24 +131,26 @@ def choose_factory(wanted: str, num_rows: int, dim: int, memory_bytes: int, *, h
 
 
 def estimate_bytes(factory: str, num_rows: int, dim: int) -> int:
-    """Memory that building takes at its peak, with room to spare: 905 MB measured where 1.0 GiB is said."""
-    slices = 3 * index_encode.SLICE_ROWS * dim * 4 + (600 << 20)
+    """Memory that building takes at its peak, with room to spare: 1.0 to 1.5 times what was measured, see
+    tests/benchmarks/index.md.
+    """
+    slices = 3 * min(index_encode.SLICE_ROWS, num_rows) * dim * 4
     if factory == EXACT:
-        return slices + int(1.2 * num_rows * (8 * dim + 8))
+        return _EXACT_BYTES + slices + int(1.3 * num_rows * (8 * dim + 8))
     training = 2 * TRAINING_ROWS_PER_LIST * index_vectors.num_lists(factory) * dim * 4
     # Lists grow by doubling, so a half of them is empty at worst.
-    return slices + training + int(1.2 * 1.5 * num_rows * (index_vectors.code_bytes(factory, dim) + 8))
+    return _LISTS_BYTES + slices + training + int(1.2 * 1.5 * num_rows * (index_vectors.code_bytes(factory, dim) + 8))
 
 
 def gib(num_bytes: int) -> str:
-    """`1.5 GiB`."""
-    return f"{num_bytes / 2**30:.1f} GiB"
+    """`1.50 GiB`."""
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def build(nights: Store, store: Store, current: View, options: Options, encode: EncodeFiles) -> str:
+def build(nights: Store, store: Store, current: View, options: Options, wanted: Asked, encode: EncodeFiles) -> str:
     """Build from nothing and announce; what was done. `encode` is `index_encode.in_this_process`, or spreads it.
 
     Raises ConfigError as `choose_factory` and for a view without rows, ConflictError for damage, for recall below the
@@ -138,7 +160,7 @@ def build(nights: Store, store: Store, current: View, options: Options, encode: 
     newest = index_log.newest_of(index_log.read_log(store), current.space_id)
     most_rows = sum(ref.num_rows for ref in current.catalog)  # failed ones among them, which are few
     factory = choose_factory(
-        options.factory,
+        wanted.factory,
         most_rows,
         dim_of(current),
         max_memory_bytes(options),
@@ -183,8 +205,9 @@ def build(nights: Store, store: Store, current: View, options: Options, encode: 
         newest=newest,
         base=None,
         num_changed_rows=0,
+        asked=wanted,
     )
-    return publish(nights, store, current, draft, check_recall(draft, tune(vectors, truth), options), started_s)
+    return publish(nights, store, current, draft, check_recall(draft, tune(vectors, truth)), started_s)
 
 
 def _sample(nights: Store, current: View, num_rows: int) -> tuple[Ordinals, Floats]:
@@ -198,12 +221,12 @@ def _sample(nights: Store, current: View, num_rows: int) -> tuple[Ordinals, Floa
         wanted = view.wanted_rows(catalog.read_table(nights, files[number]))
         share = min(len(wanted), math.ceil(num_rows * files[number].num_rows / total))
         places = np.sort(random.choice(len(wanted), share, replace=False))
-        fields = view.fields_of(current, ["uri", "embedding"])
+        fields = view.fields_of(current, ["uri", "run_seq", "embedding"])
         for start in range(0, len(places), index_encode.SLICE_ROWS):
             some = places[start : start + index_encode.SLICE_ROWS]
             table = view.rows_of(nights, current.labels, current.root, wanted.take(pa.array(some)), fields)
             ordinals.append(index_encode.first_ordinal(current, number) + some)
-            vectors.append(check_vectors(table, nights.root))
+            vectors.append(check_vectors(nights, current, table))
     return np.concatenate(ordinals), np.concatenate(vectors)
 
 
@@ -256,13 +279,14 @@ class Draft:
     """What was updated; None for a build from nothing."""
     num_changed_rows: int
     """Since the last build from nothing."""
+    asked: Asked
 
 
-def check_recall(draft: Draft, measured: Measured, options: Options) -> Measured:
+def check_recall(draft: Draft, measured: Measured) -> Measured:
     """What was measured; ConflictError below --min-recall."""
-    if measured.recall_at_10 < options.min_recall:
+    if measured.recall_at_10 < draft.asked.min_recall:
         raise ConflictError(
-            f"expected recall@10 of {options.min_recall:g} or more from {draft.factory}, found"
+            f"expected recall@10 of {draft.asked.min_recall:g} or more from {draft.factory}, found"
             f" {measured.recall_at_10:.4f} of {measured.num_samples} sampled rows; nothing was announced; use a"
             f" --factory with more bits (IVF…,SQ8 or IVF…,Flat), --factory {EXACT}, or a lower --min-recall"
         )
@@ -293,6 +317,8 @@ def publish(nights: Store, store: Store, current: View, draft: Draft, measured: 
         facts=log.read_claim(nights, current.newest.run_seq).metadata,
         dim=dim_of(current),
         factory=draft.factory,
+        asked_factory=draft.asked.factory,
+        min_recall=draft.asked.min_recall,
         nprobe=draft.vectors.nprobe if isinstance(draft.vectors, IvfVectors) else None,
         num_rows=draft.vectors.num_rows,
         next_ordinal=draft.next_ordinal,

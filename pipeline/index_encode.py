@@ -73,7 +73,7 @@ def encode_file(job: Job, vectors: Vectors, number: int) -> Iterator[Encoded]:
     for piece, start in enumerate(range(0, len(wanted), SLICE_ROWS)):
         part = wanted.slice(start, SLICE_ROWS)
         table = view.rows_of(nights, current.labels, current.root, part, fields)
-        vectors_ND = check_vectors(table, nights.root)
+        vectors_ND = check_vectors(nights, current, table)
         ordinals_N = np.arange(first + start, first + start + len(table))
         yield Encoded(
             rows=write_rows(store, f"{job.folder}rows-{number:05d}-{piece:02d}.parquet", table, ordinals_N),
@@ -83,14 +83,17 @@ def encode_file(job: Job, vectors: Vectors, number: int) -> Iterator[Encoded]:
         )
 
 
-def check_vectors(table: pa.Table, where: str) -> Floats:
-    """The vectors of rows; ConflictError unless all are finite and of length 1: others would be ranked wrongly."""
+def check_vectors(nights: Store, current: View, table: pa.Table) -> Floats:
+    """The vectors of rows (uri, run_seq, embedding) of a view; ConflictError, naming the file of the first that is not
+    finite and of length 1: such would be ranked wrongly.
+    """
     is_bad = is_no_unit_vector(table["embedding"].combine_chunks())
     if is_bad.any():
-        first = table["uri"][int(is_bad.argmax())].as_py()
+        uri, run_seq = (table[name][int(is_bad.argmax())].as_py() for name in ("uri", "run_seq"))
+        file = view.file_of(nights, current.labels, current.root, uri, run_seq)
         raise ConflictError(
-            f"{where}: expected finite embeddings of length 1, found {is_bad.sum():,} others among {len(table):,} rows,"
-            f" first {first}; verify the output; no index was announced"
+            f"{nights.root}/{file.key}: expected finite embeddings of length 1, found another of {uri}, the first of"
+            f" {is_bad.sum():,} among {len(table):,} neighbouring rows; verify the output; no index was announced"
         )
     return as_vectors(table)
 

@@ -20,13 +20,18 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import index_files, schema, storage
-from pipeline.errors import ConflictError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.index_files import FileRef
 from pipeline.storage import Store
 from pipeline.view import LabelFile
 
 INDEX_VERSION: Final = 1
 """Version of everything below; a reader refuses another one."""
+
+AUTO: Final = "auto"
+"""The factory is chosen by the number of rows and the memory there is."""
+MIN_RECALL: Final = 0.95
+"""Unless something else is asked for."""
 
 FROM_LABELS = (
     *("uri", "image_id", "etag", "size_bytes", "width_px", "height_px", "sha256", "phash"),
@@ -102,6 +107,10 @@ class Info(BaseModel):
     """Of vectors of length 1, so it is the cosine."""
     factory: str
     """`exact`, or what FAISS calls this index."""
+    asked_factory: str = AUTO
+    """What --factory said when it was built; an update that builds anew keeps to it."""
+    min_recall: float = MIN_RECALL
+    """What --min-recall said; updates keep to it."""
     nprobe: int | None
     """Inverted lists that are searched for a query; None for exact."""
     num_rows: int
@@ -149,9 +158,15 @@ class Announcement(BaseModel):
 
 
 def read_log(store: Store) -> list[Announcement]:
-    """Every announced version of every space, oldest first. ConflictError for a log with a hole, damage or a newer
-    schema."""
-    numbers = {match[1]: key for key in storage.list_keys(store, "_log/") if (match := _LOG_NAME.fullmatch(key))}
+    """Every announced version of every space, oldest first. ConfigError for the log of a labeling output, ConflictError
+    for one with a hole, damage or a newer schema."""
+    keys = list(storage.list_keys(store, "_log/"))
+    if any(key.endswith(".claim.json") for key in keys):
+        raise ConfigError(
+            f"{store.root}: expected an index, which is --output of build_index and --index of search_images, found a"
+            " labeling output, which is --input of build_index"
+        )
+    numbers = {match[1]: key for key in keys if (match := _LOG_NAME.fullmatch(key))}
     if sorted(numbers) != [f"{place:08d}" for place in range(1, len(numbers) + 1)]:
         raise ConflictError(f"{store.root}/_log: expected places 1 to {len(numbers)}, found a hole; restore the file")
     return [_parse(Announcement, store.get(key), f"{store.root}/{key}") for _, key in sorted(numbers.items())]

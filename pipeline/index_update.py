@@ -2,7 +2,8 @@
 
 An update applies what the nights since the last version changed: rows that came or became others, and uris that are
 gone or failed last. It reads the last version and these rows, no old vector. Where an update would not do, it builds
-anew: after more than 20 % churn, when recall fell, and when too few of the sampled rows are left to know that.
+anew: after more than 20 % churn, when recall fell, and when too few of the sampled rows are left to know that. After a
+compaction nothing changed but where the true vectors are, which is a version of its own as well.
 
 A module of its own because it is the only one that changes an index, and it must never change what a reader has open:
 every version has all its files in a folder of its own.
@@ -20,9 +21,9 @@ from pipeline import changes, index_build, index_files, index_log, index_recall,
 from pipeline.changes import Change
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.index import Index
-from pipeline.index_build import Draft, Options, gib
+from pipeline.index_build import Asked, Draft, Options, gib
 from pipeline.index_encode import EncodeFiles, check_vectors, in_this_process, write_rows, write_rows_table
-from pipeline.index_log import FROM_LABELS, Announcement, Info, RowsFile
+from pipeline.index_log import AUTO, FROM_LABELS, Announcement, Info, RowsFile
 from pipeline.index_vectors import Ordinals
 from pipeline.log import State
 from pipeline.storage import Store
@@ -53,7 +54,7 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
     if options.update and newest is None:
         _log.info("%s: no index of space %s yet, building one", store.root, current.space_id)
     if not options.update or newest is None:
-        return index_build.build(nights, store, current, options, encode)
+        return index_build.build(nights, store, current, options, index_build.asked(options, None), encode)
     base = index_log.read_info(store, newest)
     if base.source.output != nights.root or base.source.run_seq > current.newest.run_seq:
         raise ConflictError(
@@ -61,22 +62,30 @@ def build_index(options: Options, encode: EncodeFiles = in_this_process) -> str:
             f" {base.version} of {base.source.output} after run {base.source.run_seq:08d}; update it from there, or"
             " build without --update"
         )
-    if base.source.run_seq == current.newest.run_seq:
+    if base.source.run_seq == current.newest.run_seq and base.source.labels == current.labels:
         return f"up to date: {index_build.describe(store, base).removeprefix('announced ')}"
+    wanted = index_build.asked(options, base)
     try:
-        return _update(nights, store, state, current, options, newest, base)
+        return _update(nights, store, state, current, options, wanted, newest, base)
     except _AnewError as reason:
         _log.info("building anew: %s", reason)
     # Only here, where the exception and with it the old index are no longer in memory.
-    return index_build.build(nights, store, current, options, encode)
+    return index_build.build(nights, store, current, options, wanted, encode)
 
 
 def _update(
-    nights: Store, store: Store, state: State, current: View, options: Options, newest: Announcement, base: Info
+    nights: Store,
+    store: Store,
+    state: State,
+    current: View,
+    options: Options,
+    wanted: Asked,
+    newest: Announcement,
+    base: Info,
 ) -> str:
     started_s = time.perf_counter()
-    if options.factory not in ("auto", base.factory):
-        raise _AnewError(f"--factory is {options.factory}, version {base.version} has {base.factory}")
+    if wanted.factory not in (AUTO, base.factory):
+        raise _AnewError(f"--factory is {wanted.factory}, version {base.version} has {base.factory}")
     needed_bytes = index_build.estimate_bytes(base.factory, base.num_rows, base.dim)
     allowed_bytes = index_build.max_memory_bytes(options)
     if needed_bytes > allowed_bytes:
@@ -98,7 +107,7 @@ def _update(
         num_changed += len(gone) + len(change.rows)
         if num_changed > MAX_CHURN * base.num_built_rows:
             raise _AnewError(f"more than {MAX_CHURN:.0%} of {base.num_built_rows:,} rows changed since the last build")
-        vectors_ND = check_vectors(change.rows, nights.root)
+        vectors_ND = check_vectors(nights, current, change.rows)
         ordinals_N = np.arange(next_ordinal, next_ordinal + len(change.rows))
         truth = index_recall.updated(truth, gone, vectors_ND, ordinals_N, vectors.num_rows)
         vectors.remove(gone)
@@ -111,7 +120,7 @@ def _update(
     if len(truth.ordinals) < min(index_recall.NUM_SAMPLES, vectors.num_rows) / 2:
         raise _AnewError(f"{len(truth.ordinals)} of the sampled rows are left to measure recall by")
     measured = index_build.measure(vectors, truth)
-    least = max(options.min_recall, base.built_recall_at_10 - MAX_RECALL_LOSS)
+    least = max(wanted.min_recall, base.built_recall_at_10 - MAX_RECALL_LOSS)
     if measured.recall_at_10 < least:
         raise _AnewError(f"recall@10 fell to {measured.recall_at_10:.4f}, {least:.4f} is the least")
     draft = Draft(
@@ -124,6 +133,7 @@ def _update(
         newest=newest,
         base=base,
         num_changed_rows=num_changed,
+        asked=wanted,
     )
     return index_build.publish(nights, store, current, draft, measured, started_s)
 

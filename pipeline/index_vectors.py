@@ -108,20 +108,24 @@ class ExactVectors:
     """float32 vectors in order of their ordinals; a search reads all of them."""
 
     def __init__(self, vectors_ND: Floats, ordinals_N: Ordinals) -> None:
-        self._vectors_ND, self._ordinals_N = vectors_ND, ordinals_N
+        self._vectors_ND, self.ordinals_N = vectors_ND, ordinals_N
 
     @property
     def num_rows(self) -> int:
         """See Vectors."""
-        return len(self._ordinals_N)
+        return len(self.ordinals_N)
 
     def search(self, queries_QD: Floats, k: int, *, among: Ordinals | None, is_exhaustive: bool) -> Found:
         """See Vectors."""
         if among is None:
-            return nearest(queries_QD, self._vectors_ND, self._ordinals_N, k)
+            return nearest(queries_QD, self._vectors_ND, self.ordinals_N, k)
         wanted = np.unique(among)
-        places = np.searchsorted(self._ordinals_N, wanted)
+        places = np.searchsorted(self.ordinals_N, wanted)
         return nearest(queries_QD, self._vectors_ND[places], wanted, k)
+
+    def vectors_of(self, ordinals_N: Ordinals) -> Floats:
+        """The vectors of these ordinals, all of which are there, in their order."""
+        return self._vectors_ND[np.searchsorted(self.ordinals_N, ordinals_N)]
 
     def encode(self, vectors_ND: Floats) -> Codes:
         """See Vectors: little-endian float32."""
@@ -130,16 +134,16 @@ class ExactVectors:
     def add(self, codes_NC: Codes, ordinals_N: Ordinals) -> None:
         """See Vectors."""
         self._vectors_ND = np.concatenate([self._vectors_ND, codes_NC.view("<f4")])
-        self._ordinals_N = np.concatenate([self._ordinals_N, ordinals_N])
+        self.ordinals_N = np.concatenate([self.ordinals_N, ordinals_N])
 
     def remove(self, ordinals_N: Ordinals) -> None:
         """See Vectors."""
-        is_kept = ~np.isin(self._ordinals_N, ordinals_N)
-        self._vectors_ND, self._ordinals_N = self._vectors_ND[is_kept], self._ordinals_N[is_kept]
+        is_kept = ~np.isin(self.ordinals_N, ordinals_N)
+        self._vectors_ND, self.ordinals_N = self._vectors_ND[is_kept], self.ordinals_N[is_kept]
 
     def write(self, writer: SliceWriter) -> None:
         """All ordinals as int64, then all vectors as float32, little-endian both."""
-        writer.write(self._ordinals_N.astype("<i8", copy=False).data)
+        writer.write(self.ordinals_N.astype("<i8", copy=False).data)
         if len(self._vectors_ND):
             writer.write(np.ascontiguousarray(self._vectors_ND, "<f4").data)
 
@@ -225,16 +229,24 @@ class IvfVectors:
         return int(self.index.nlist)
 
     def search(self, queries_QD: Floats, k: int, *, among: Ordinals | None, is_exhaustive: bool) -> Found:
-        """See Vectors. The rarer the selected rows, the more lists are searched."""
-        nprobe, selector = self.nprobe, None
+        """See Vectors. The rarer the selected rows, the more lists are searched, and more yet for queries that found
+        fewer than k, until all were.
+        """
+        nprobe, selector, most = self.nprobe, None, self.num_rows
         if among is not None:
             bits = np.zeros(int(among.max(initial=0)) // 8 + 1, np.uint8)
             np.bitwise_or.at(bits, among >> 3, np.left_shift(1, among & 7).astype(np.uint8))
-            selector = faiss().IDSelectorBitmap(bits)
+            selector, most = faiss().IDSelectorBitmap(bits), len(np.unique(among))
             is_exhaustive |= len(among) <= MAX_SCANNED_ROWS
             nprobe *= -(-self.num_rows // max(1, len(among)))
-        nprobe = self.index.nlist if is_exhaustive else min(nprobe, self.index.nlist)
+        nprobe = self.num_lists if is_exhaustive else min(nprobe, self.num_lists)
         cosines_QK, ordinals_QK = self.index.search(queries_QD, k, params=self._parameters(nprobe, selector))
+        short = np.flatnonzero(ordinals_QK[:, min(k, most) - 1] < 0)
+        while len(short) and nprobe < self.num_lists:
+            nprobe = min(4 * nprobe, self.num_lists)
+            again = self.index.search(queries_QD[short], k, params=self._parameters(nprobe, selector))
+            cosines_QK[short], ordinals_QK[short] = again
+            short = short[ordinals_QK[short, min(k, most) - 1] < 0]
         return Found(np.where(ordinals_QK >= 0, cosines_QK, np.float32(-np.inf)), ordinals_QK)
 
     def _parameters(self, nprobe: int, selector: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 from pipeline import schema, storage
-from pipeline.errors import ConflictError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.storage import Store
 
 _NAME = re.compile(r"_log/(\d{8})(\.claim)?\.json")
@@ -131,7 +131,8 @@ class State:
 
 
 def read(store: Store) -> State:
-    """The state of an output. Raises ConflictError for a log with a hole, a damaged entry or a newer schema."""
+    """The state of an output. Raises ConflictError for a log with a hole, a damaged entry or a newer schema, and
+    ConfigError for an index."""
     commits: dict[int, Entry] = {}
     claims: dict[int, Claim] = {}
     keys = [key for key in storage.list_keys(store, "_log/") if _NAME.fullmatch(key)]
@@ -273,6 +274,11 @@ def _dump(record: Claim | Entry) -> bytes:
 def _parse(kind: type[_R], data: bytes, where: str) -> _R:
     try:
         values = json.loads(data)
+        if "index_version" in values:
+            raise ConfigError(
+                f"{where}: expected the log of a labeling output, found that of an index, which is --output of"
+                " build_index and --index of search_images"
+            )
         version = values["schema_version"]
         if not isinstance(version, int):
             raise TypeError(f"schema_version {version!r}")

@@ -9,6 +9,7 @@ knows vectors, and `index` rows.
 
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ def search(options: Options) -> Result:
     label or uri that is not there, and for a picture that cannot be decoded; ConflictError for a damaged index and
     another model than the index's; SourceError for storage.
     """
+    _check(options)
     found = index.open_index(options.index, options.space, options.version)
     found.check_k(options.k)
     name = f"{found.store.root}/{found.info.folder}"
@@ -105,6 +107,15 @@ def search(options: Options) -> Result:
         picture_labels=tuple(picture.labels) if picture else (),
         **shared,
     )
+
+
+def _check(options: Options) -> None:
+    """ConfigError for flags that would say nothing."""
+    for flag, is_given in (("--label", options.label is not None), ("--exact", options.exact)):
+        if is_given and options.text_label is not None:
+            raise ConfigError(f"{flag}: expected something to search with, found --text-label, which is no search")
+    if options.min_score is not None and math.isnan(options.min_score):
+        raise ConfigError("--min-score: expected a number, found nan")
 
 
 def _picture(found: Index, options: Options, path_or_url: str) -> query.Picture:
@@ -162,10 +173,12 @@ def _with_best_label(found: Index, label: str, flag: str) -> tuple[Ordinals, np.
         ordinals.append(rows["ordinal"].to_numpy())
         scores.append(pc.list_element(rows["label_scores"], 0).to_numpy())
     if label not in known:
-        close = difflib.get_close_matches(label, known, _NUM_CLOSE_LABELS) or sorted(known)[:_NUM_CLOSE_LABELS]
+        folded = {name.casefold(): name for name in known}
+        close = difflib.get_close_matches(label.casefold(), folded, _NUM_CLOSE_LABELS)
+        shown = [folded[name] for name in close] or sorted(known)[:_NUM_CLOSE_LABELS]
         raise ConfigError(
             f"{flag}: expected the best label of some image of index {found.info.version}, such as"
-            f" {', '.join(map(repr, close))}, found {label!r}"
+            f" {', '.join(map(repr, shown))}, found {label!r}"
         )
     return np.concatenate(ordinals), np.concatenate(scores)
 

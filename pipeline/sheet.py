@@ -25,6 +25,8 @@ from pipeline.storage import ObjectInfo
 
 THUMBNAIL_PX = 160
 """Longest edge of a thumbnail."""
+MIN_LISTED_SECTIONS = 4
+"""Fewer have no table of contents."""
 _JPEG_QUALITY = 75
 _FETCH_DEADLINE_S = 30.0
 _log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class Tile(NamedTuple):
     lines: Sequence[str] = ()
     """The caption below the title."""
     score: float | None = None
-    """Shown with three decimals."""
+    """Shown with four decimals: 0.9996 is not 1."""
 
 
 class Section(NamedTuple):
@@ -108,7 +110,14 @@ def write(title: str, sections: Iterable[Section], note: str = "") -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown": shown, "data_uri": _data_uri}
-    return environment.get_template("sheet.html.j2").render(title=title, note=note, sections=list(sections))
+    return environment.get_template("sheet.html.j2").render(
+        title=title, note=note, sections=list(sections), min_listed_sections=MIN_LISTED_SECTIONS
+    )
+
+
+def counted(number: int, one: str, several: str | None = None) -> str:
+    """`1 pair`, `1,000 pairs`; `several` where that is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
 
 
 def shown(text: str) -> str:

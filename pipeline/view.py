@@ -170,6 +170,14 @@ def rows_of(
     return found if is_sorted else found.take(pc.array_sort_indices(order))
 
 
+def file_of(output: Store, labels: Sequence[LabelFile], root: str, uri: str, run_seq: int) -> FileRef:
+    """Which of these files holds a row that `rows_of` gave. Errors as there."""
+    key = uri[len(root) + 1 :]
+    near = [each.ref for each in labels if each.may_hold([run_seq]) and each.ref.first_key <= key <= each.ref.last_key]
+    held = (ref for ref in near if run_seq in _read(output, ref, pa.schema([]), uri, uri)["run_seq"].to_pylist())
+    return next(held)
+
+
 def wanted_rows(outcomes: pa.Table) -> pa.Table:
     """Key and run_seq of every row of a catalog (schema.CATALOG) that is a label, in the same order."""
     return outcomes.filter(pc.is_null(outcomes.column("failure_kind"))).select(["key", "run_seq"])

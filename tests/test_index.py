@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from pipeline import (
     schema,
     storage,
 )
+from pipeline.compact import Options as CompactOptions
+from pipeline.compact import compact_labels
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.index import Index
 from pipeline.index_build import Options
@@ -127,6 +130,32 @@ def test_an_index_holds_each_image_of_the_view_once_by_its_newest_label(
         found.ordinal_of(f"{nights.ROOT}/a/04.jpg")
 
 
+def test_a_uri_that_is_not_there_is_answered_with_those_around_it_in_all_files(
+    several: Nights, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(several, place)
+    several.publish(["a/04c.jpg", "zz.jpg"])
+    found = updated(several, place, monkeypatch)
+    uris = sorted(several.current[DEIT])
+    for key in (
+        "",
+        "a/04b.jpg",
+        "a/04d.jpg",
+        "a/07z.jpg",
+        "b b/03x.jpg",
+        "top2.jpg",
+        "zzz.jpg",
+        "ü'x/01x.jpg",
+        "ü'z.jpg",
+    ):
+        uri = f"{nights.ROOT}/{key}"
+        before = [each for each in uris if each < uri][-1:]
+        after = [each for each in uris if each > uri][:1]
+        around = re.escape(", ".join([*before, *after]))
+        with pytest.raises(ConfigError, match=f"found none such; the uris around it: {around}$"):
+            found.ordinal_of(uri)
+
+
 @pytest.mark.parametrize("factory", ["exact", FLAT])
 def test_a_search_through_everything_gives_what_brute_force_gives(several: Nights, place: str, factory: str) -> None:
     found = built(several, place, factory=factory)
@@ -156,6 +185,23 @@ def test_a_search_among_some_rows_finds_all_of_them_and_no_others(several: Night
     answers = found_uris(found, queries(), len(among), among=among)
     assert all(set(row) == wanted for row in answers)
     assert (found.search(queries(), 3, among=among[:0]).ordinals_QK == -1).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF8,SQ8", "IVF8_HNSW8,Flat"])
+def test_a_search_gives_as_many_as_were_asked_for_however_many_lists_that_takes(
+    several: Nights, place: str, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = built(several, place, factory=factory)
+    assert isinstance(found.vectors, index_vectors.IvfVectors)
+    found.vectors.nprobe = 1
+    for k in (5, 12, found.info.num_rows):
+        for row in found_uris(found, queries(40), k):
+            assert len(set(row)) == k
+    monkeypatch.setattr(index_vectors, "MAX_SCANNED_ROWS", 3)
+    among = np.array([found.ordinal_of(uri) for uri in sorted(several.current[DEIT])[::2]])
+    answers = found.search(queries(40), len(among) + 2, among=among).ordinals_QK
+    assert all(set(row[: len(among)]) == set(among.tolist()) for row in answers)
+    assert (answers[:, len(among) :] == -1).all()
 
 
 def test_two_images_with_one_image_id_are_both_found(
@@ -273,6 +319,33 @@ def test_an_older_version_stays_as_it_was_and_one_that_is_up_to_date_is_left_alo
     assert second.info.num_changed_rows == 2 + 2  # a row that changed goes and comes
 
 
+@pytest.mark.parametrize("factory", ["exact", SQ8])
+def test_an_update_after_compaction_finds_the_rows_where_they_are_now(
+    several: Nights, place: str, factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = built(several, place, factory=factory)
+    uris = sorted(several.current[DEIT])
+    several.snapshot()
+    compact_labels(
+        CompactOptions(output=several.output.root, space=DEIT, keep_runs=1, grace=timedelta(0)),
+        start_engine=lambda: None,
+    )
+    ordinals = [first.ordinal_of(uri) for uri in uris]
+    if factory == "exact":  # holds the truth itself
+        assert np.array_equal(first.true_vectors(ordinals), true_vectors(uris))
+        with pytest.raises(ConfigError, match=r"expected an ordinal of index .*, found 4000"):
+            first.true_vectors([0, 4000])
+    else:
+        with pytest.raises(ConflictError, match=r"found nothing; restore it; if the output was compacted since index"):
+            first.true_vectors(ordinals)
+    second = updated(several, place, monkeypatch)
+    assert second.info.num_changed_rows == first.info.num_changed_rows
+    assert rows_of(second) == several.current[DEIT]
+    assert np.array_equal(second.true_vectors(ordinals), true_vectors(uris))
+    assert second.info.recall_at_10 == first.info.recall_at_10
+    assert build_index(options(several, place, update=True)).startswith("up to date: ")
+
+
 def test_the_first_update_builds(several: Nights, place: str) -> None:
     assert rows_of(built(several, place, update=True)) == several.current[DEIT]
 
@@ -301,9 +374,36 @@ def test_what_an_update_would_make_worse_is_built_anew(
     assert rows_of(found) == several.current[DEIT]
 
 
+def test_an_update_that_builds_anew_keeps_to_what_was_asked_for_before(several: Nights, place: str) -> None:
+    def asked(**changes: Any) -> Index:
+        build_index(Options(input=several.output.root, output=place, space=DEIT, **changes))
+        return index.open_index(place)
+
+    first = asked(factory="IVF3,SQ8", min_recall=0.1)
+    several.publish([f"more/{number}.jpg" for number in range(20)])
+    second = asked(update=True)
+    assert second.info.base_version is None
+    several.publish(["one.jpg"])
+    third = asked(update=True)
+    assert third.info.base_version == second.info.version
+    several.publish([f"most/{number}.jpg" for number in range(20)])
+    fourth = asked(update=True)
+    assert fourth.info.base_version is None
+    for each in (first, second, third, fourth):
+        assert (each.info.factory, each.info.asked_factory, each.info.min_recall) == ("IVF3,SQ8", "IVF3,SQ8", 0.1)
+    several.publish(["two.jpg"])
+    fifth = asked(update=True, factory="exact", min_recall=0.3)
+    assert (fifth.info.factory, fifth.info.asked_factory, fifth.info.min_recall) == ("exact", "exact", 0.3)
+    old = json.loads(first.info.model_dump_json(exclude={"asked_factory", "min_recall"}))
+    read = index_log.Info.model_validate(old)
+    assert (read.asked_factory, read.min_recall) == ("auto", 0.95)
+    assert asked().info.asked_factory == "auto"
+
+
 def test_an_index_that_finds_less_after_an_update_is_built_anew(
     several: Nights, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    several.publish([f"many/{number}.jpg" for number in range(100)])  # lists that give ten answers by themselves
     first = built(several, place, factory=SQ8)
     assert first.info.recall_at_10 > index_build.TARGET_RECALL
     store = storage.connect(place)
@@ -414,7 +514,8 @@ def search_of(vectors: index_vectors.Vectors) -> index_recall.Search:
     [
         (50_000, True, 4, "exact"),
         (100_000, True, 4, "IVF632,SQ8"),
-        (1_000_000, True, 1.45, "IVF2000,SQ6"),
+        (1_000_000, True, 1.75, "IVF2000,SQ8"),
+        (1_000_000, True, 1.6, "IVF2000,SQ6"),
         (100_000_000, True, 100, "IVF40000_HNSW32,SQ8"),
         (500_000, False, 4, "exact"),
     ],
@@ -436,6 +537,13 @@ def test_the_factory_is_chosen_by_rows_and_memory(
             8,
             r"--max-memory-gib: expected [\d.]+ GiB for 100,000,000 rows of 384 as IVF40000_H",
         ),
+        (
+            "auto",
+            1_000_000,
+            True,
+            1.4,  # enough for four bits, which would be refused after all the work
+            r"expected 1\.47 GiB for 1,000,000 rows of 384 as IVF2000,SQ6, found 1\.40 GiB; use a larger machine",
+        ),
         ("auto", 600_000, False, 8, r"expected FAISS for an index of 600,000 rows, found none; pip install"),
         ("IVF32,SQ8", 100, False, 8, r"expected FAISS for an index of 100 rows"),
         ("HNSW32", 100, True, 8, r"--factory: expected auto, exact or inverted lists .* found HNSW32"),
@@ -448,6 +556,25 @@ def test_a_factory_that_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         index_build.choose_factory(wanted, num_rows, 384, int(memory_gib * 2**30), has_faiss=has_faiss)
+
+
+@pytest.mark.parametrize(
+    ("factory", "num_rows", "measured_mib"),
+    [
+        ("exact", 10_000, 360),
+        ("exact", 100_000, 1069),
+        ("exact", 300_000, 1690),
+        ("IVF632,SQ8", 100_000, 918),
+        ("IVF1094,SQ8", 300_000, 1194),
+        ("IVF2000,SQ8", 1_000_000, 1618),
+    ],
+)
+def test_the_estimate_is_what_was_measured_or_at_most_half_more(
+    factory: str, num_rows: int, measured_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_encode, "SLICE_ROWS", 1 << 16)
+    estimate = index_build.estimate_bytes(factory, num_rows, 384) / 2**20
+    assert measured_mib < estimate < 1.5 * measured_mib
 
 
 def test_without_faiss_a_small_index_is_built_searched_and_updated(
@@ -485,17 +612,25 @@ def test_two_spaces_are_never_mixed(several: Nights, place: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [[np.nan] * DIM, [np.inf] + [0.0] * (DIM - 1), [0.0] * DIM, [0.7] + [0.0] * (DIM - 1)])
-def test_vectors_that_are_not_finite_and_of_length_1_are_counted_and_refused(
-    tmp_path: Path, place: str, bad: list[float]
+def test_vectors_that_are_not_finite_and_of_length_1_are_counted_and_refused_with_the_file(
+    tmp_path: Path, place: str, bad: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = Nights(storage.connect(str(tmp_path / "out")))
-    output.publish(
-        [f"{number}.jpg" for number in range(6)],
-        change=lambda row: {**row, "embedding": bad} if row["key"] in ("3.jpg", "4.jpg") else row,
+    output = Nights(storage.connect(str(tmp_path / "out")), rows_per_file=2)
+    output.publish(["0.jpg", "5.jpg", *(f"{number}.jpg" for number in range(1, 5))])
+    first = built(output, place)
+    entry = output.publish(  # files of 1 and 3, of 4 and 6: the second and the keys of an older one enclose the bad row
+        ["1.jpg", "3.jpg", "4.jpg", "6.jpg"],
+        change=lambda row: {**row, "embedding": bad} if row["key"] in ("4.jpg", "6.jpg") else row,
     )
-    with pytest.raises(ConflictError, match=r"found \d+ others among \d+ rows, first s3://photos/in/\d.jpg; verify"):
-        build_index(options(output, place))
-    assert nothing_announced(place)
+    message = (
+        rf"out/{re.escape(entry.labels[1].key)}: expected finite embeddings of length 1, found another of"
+        r" s3://photos/in/4.jpg, the first of \d among \d neighbouring rows; verify the output; no index was announced$"
+    )
+    monkeypatch.setattr(index_update, "MAX_CHURN", 100.0)
+    for update in (False, True):
+        with pytest.raises(ConflictError, match=message):
+            build_index(options(output, place, update=update))
+    assert index.open_index(place).info == first.info
 
 
 def test_a_folder_of_foreign_parquet_is_no_input(tmp_path: Path, place: str) -> None:
@@ -504,6 +639,21 @@ def test_a_folder_of_foreign_parquet_is_no_input(tmp_path: Path, place: str) -> 
     with pytest.raises(ConfigError, match=r"foreign: expected published runs, found none; is this the --output of a"):
         build_index(Options(input=str(tmp_path / "foreign"), output=place))
     assert nothing_announced(place)
+
+
+def test_an_output_and_an_index_in_each_others_place_are_named_with_their_flags(several: Nights, place: str) -> None:
+    labels = r"expected an index, which is --output of build_index and --index of search_images, found a labeling outp"
+    for update in (False, True):
+        with pytest.raises(ConfigError, match=rf"o'ut \[1\]: {labels}ut, which is --input of build_index$"):
+            build_index(options(several, several.output.root, update=update))
+    with pytest.raises(ConfigError, match=labels):
+        index.open_index(several.output.root)
+    built(several, place)
+    with pytest.raises(
+        ConfigError,
+        match=r"expected the log of a labeling output, found that of an index, which is --output of build_i",
+    ):
+        build_index(Options(input=place, output=f"{place}2"))
 
 
 @pytest.mark.parametrize(

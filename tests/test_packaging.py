@@ -39,6 +39,7 @@ ORDER = (
         "errors",
         "faults",
         "meter",
+        "memory",
         "tasks",
         "arguments",
         "schema",

@@ -118,6 +118,22 @@ def test_filters_leave_what_they_say(several: Nights) -> None:
             {"uri": "s3://photos/in/a/02b.jpg"},
             r"expected a uri of index .*, all of which are below s3://photos/in/, foun",
         ),
+        (
+            {"text_label": "CAT"},
+            r"--text-label: expected the best label of some image of index .*, such as 'cat', found 'CAT'$",
+        ),
+        (
+            {"text_label": "cat", "label": "cat"},
+            r"--label: expected something to search with, found --text-label, which is no search$",
+        ),
+        (
+            {"text_label": "cat", "exact": True},
+            r"--exact: expected something to search with, found --text-label, which is no search$",
+        ),
+        (
+            {"uri": "s3://photos/in/top.jpg", "min_score": float("nan")},
+            r"--min-score: expected a number, found nan$",
+        ),
         ({"image_id": 12345}, r"--image-id 12345: expected one image of index .*, found none"),
         ({"vector": "[1, 2]"}, r"--vector: expected 8 numbers, as many as the index has, found shape \(2,\)"),
         ({"vector": "[" + "0, " * 7 + "0]"}, r"--vector: expected finite numbers that are not all 0"),

@@ -62,20 +62,20 @@ def colours() -> str:
 def test_odd_keys_are_text_wherever_they_stand() -> None:
     picture = solid(COLOURS[0])
     plain = Page(
-        sheet.write("x", [Section("x", "x", [Tile("x", picture, lines=["x"]), Tile("x", None, "x")])] * 2, "x")
+        sheet.write("x", [Section("x", "x", [Tile("x", picture, lines=["x"]), Tile("x", None, "x")])] * 4, "x")
     )
     for key, shown in ODD.items():
         tiles = [Tile(key, picture, lines=[key]), Tile(key, None, key)]
-        page = Page(sheet.write(key, [Section(key, key, tiles)] * 2, key))
+        page = Page(sheet.write(key, [Section(key, key, tiles)] * 4, key))
         is_long = len(key) > 120
         assert [tag for tag, _ in page.tags if tag not in ("details", "summary", "p")] == [
             tag for tag, _ in plain.tags if tag not in ("details", "summary", "p")
         ], key
         text = "".join(page.text)
-        # Title, heading and note of the page; two links; two sections' heading, note, line, two titles and a reason.
-        assert text.count(shown) == 3 + 2 + 2 * 6, key
-        assert [each["alt"] for each in page.all("img")] == [f"Thumbnail of {shown}"] * 2
-        assert len(page.all("summary")) == 1 + 4 * is_long
+        # Title, heading and note of the page; four links; four sections' heading, note, line, two titles and a reason.
+        assert text.count(shown) == 3 + 4 + 4 * 6, key
+        assert [each["alt"] for each in page.all("img")] == [f"Thumbnail of {shown}"] * 4
+        assert len(page.all("summary")) == 1 + 8 * is_long
 
 
 def test_page_needs_no_script_and_nothing_from_elsewhere() -> None:
@@ -96,16 +96,15 @@ def test_page_needs_no_script_and_nothing_from_elsewhere() -> None:
 
 def test_links_headings_and_captions_are_in_the_order_of_the_page() -> None:
     tiles = [Tile("k", solid(COLOURS[0]), lines=["cat 0.91"], score=0.98765)]
-    page = Page(sheet.write("t", [Section("first", "", tiles), Section("second", "", tiles)]))
+    page = Page(sheet.write("t", [Section(str(number), "", tiles) for number in range(4)]))
     assert [tag for tag, _ in page.tags if tag in ("h1", "h2", "a", "figure", "figcaption")] == [
-        *("h1", "a", "a"),
-        *("h2", "figure", "figcaption"),
-        *("h2", "figure", "figcaption"),
+        *("h1", "a", "a", "a", "a"),
+        *("h2", "figure", "figcaption") * 4,
     ]
     assert [each["href"] for each in page.all("a")] == [f"#{each['id']}" for each in page.all("section")]
     assert [each["aria-labelledby"] for each in page.all("section")] == [each["id"] for each in page.all("h2")]
-    assert "".join(page.text).count("0.988") == 2
-    assert "nav" not in [tag for tag, _ in Page(sheet.write("t", [Section("only", "", tiles)])).tags]
+    assert "".join(page.text).count("0.9877") == 4
+    assert "nav" not in [tag for tag, _ in Page(sheet.write("t", [Section("a", "", tiles)] * 3)).tags]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

@@ -35,25 +35,35 @@ def main() -> None:
     parser.add_argument("--num-rows", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--factory", nargs="+", help="only build each of these, whatever its recall, and say what it is"
+    )
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        output = storage.connect(f"{folder}/labels")
+        output, source = storage.connect(f"{folder}/labels"), ("--input", f"{folder}/labels")
         synthetic_output.publish(output, np.arange(flags.num_rows), np.arange(0), flags.dim)
-        builds = [_run(folder, f"{folder}/index{number}") for number in range(flags.rounds)]
+        for name in flags.factory or ():
+            cost = run(JOB, *source, "--output", f"{folder}/{name}", f"--factory={name}", "--min-recall=0")
+            print(f"{name}: {cost.wall_s:.2f} s, {cost.cpu_s:.2f} s of CPU, peak {cost.peak_mb:.0f} MB", flush=True)
+        if flags.factory:
+            return
+        builds = [run(JOB, *source, "--output", f"{folder}/index{number}") for number in range(flags.rounds)]
         changed = np.arange(0, flags.num_rows, flags.num_rows // 500)[:500]
         new = np.arange(flags.num_rows, flags.num_rows + 500)
         gone = np.arange(7, flags.num_rows, flags.num_rows // 200)[:200]
         synthetic_output.publish(output, np.concatenate([changed, new]), np.setdiff1d(gone, changed), flags.dim)
-        updates = [_run(folder, f"{folder}/index{number}", "--update") for number in range(flags.rounds)]
+        updates = [
+            run(JOB, *source, "--output", f"{folder}/index{number}", "--update") for number in range(flags.rounds)
+        ]
     for name, costs in (("build", builds), ("update", updates)):
         wall_s, cpu_s, peak_mb = (statistics.median(values) for values in zip(*costs, strict=True))
         print(f"{name}: median of {flags.rounds}: {wall_s:.2f} s, {cpu_s:.2f} s of CPU, peak {peak_mb:.0f} MB")
 
 
-def _run(folder: str, place: str, *more: str) -> Cost:
+def run(job: Path, *arguments: str) -> Cost:
+    """Run a command to its end, and stop if it fails."""
     started_s = time.perf_counter()
-    command = [sys.executable, str(JOB), "--input", f"{folder}/labels", "--output", place, "--log-level=WARNING", *more]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([sys.executable, str(job), *arguments, "--log-level=WARNING"])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,5 +1,7 @@
 """An output of any number of nights and rows with clustered unit vectors, published without a picture or a model."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,11 +14,12 @@ from pipeline.storage import Store
 ROOT = "s3://photos/in"
 SPACE = "synthetic-01234567"
 NUM_CLUSTERS = 1000
-_ROWS_PER_FILE = 60_000
+ROWS_PER_FILE = 60_000
 
 
-def vectors(numbers: np.ndarray, dim: int, seed: int) -> np.ndarray:
-    """float32 (N, dim) of length 1 around 1,000 centres that depend on nothing; `numbers` choose the centres."""
+def vectors(numbers: np.ndarray, dim: int, seed: Sequence[int]) -> np.ndarray:
+    """float32 (N, dim) of length 1 around 1,000 centres that depend on nothing; `numbers` choose the centres,
+    `seed` what is around them."""
     centres = np.random.default_rng(0).normal(size=(NUM_CLUSTERS, dim)).astype(np.float32)
     found = centres[numbers % NUM_CLUSTERS]
     # In a space of many dimensions noise must lie in a few, or all neighbours are equally far.
@@ -25,8 +28,11 @@ def vectors(numbers: np.ndarray, dim: int, seed: int) -> np.ndarray:
     return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True), np.float32)
 
 
-def publish(output: Store, labeled: np.ndarray, deleted: np.ndarray, dim: int) -> None:
-    """A night in which the keys of these numbers are labeled, or gone."""
+def publish(
+    output: Store, labeled: np.ndarray, deleted: np.ndarray, dim: int, embeddings: np.ndarray | None = None
+) -> None:
+    """A night in which the keys of these numbers are labeled, or gone; `embeddings` are those of the labeled, in order
+    of their numbers, in place of what `vectors` gives."""
     state = log.read(output)
     base = state.newest(SPACE)
     claim = log.claim(
@@ -49,8 +55,13 @@ def publish(output: Store, labeled: np.ndarray, deleted: np.ndarray, dim: int) -
         counts={"labeled": len(labeled)},
         labels=[
             files.put(output, f"labels/{where}-{start:09d}.parquet", files.labels(rows, claim, dim), claim, str(start))
-            for start in range(0, len(labeled), _ROWS_PER_FILE)
-            for rows in [_rows(labeled[start : start + _ROWS_PER_FILE], dim, claim.run_seq)]
+            for start in range(0, len(labeled), ROWS_PER_FILE)
+            # Another seed for each file: rows of two would be copies of one another.
+            for here in [slice(start, start + ROWS_PER_FILE)]
+            for made in [
+                vectors(labeled[here], dim, (claim.run_seq, start)) if embeddings is None else embeddings[here]
+            ]
+            for rows in [_rows(labeled[here], made)]
         ],
         deletions=[files.put(output, f"deletions/{where}.parquet", files.deletions(gone, claim), claim, "0")]
         if len(gone)
@@ -94,8 +105,8 @@ def _outcomes(numbers: np.ndarray, run_seq: int) -> pa.Table:
     return pa.table(columns).cast(schema.CATALOG)
 
 
-def _rows(numbers: np.ndarray, dim: int, seed: int) -> pa.Table:
-    count, keys = len(numbers), _keys(numbers)
+def _rows(numbers: np.ndarray, embeddings: np.ndarray) -> pa.Table:
+    count, dim, keys = *embeddings.shape, _keys(numbers)
     names = pa.array([f"class {number}" for number in numbers % NUM_CLUSTERS])
     known = {
         "key": keys,
@@ -106,9 +117,7 @@ def _rows(numbers: np.ndarray, dim: int, seed: int) -> pa.Table:
         "label_ids": _lists(pa.array((numbers % NUM_CLUSTERS).astype(np.int32)), pa.int32()),
         "label_names": _lists(names, pa.string()),
         "label_scores": _lists(pa.array(np.full(count, 0.75, np.float32)), pa.float32()),
-        "embedding": pa.FixedSizeListArray.from_arrays(
-            pa.array(vectors(numbers, dim, seed).ravel()), type=schema.embedding_type(dim)
-        ),
+        "embedding": pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), type=schema.embedding_type(dim)),
     }
     wanted = schema.labeled(dim)
     return pa.Table.from_arrays([known.get(field.name, pa.nulls(count, field.type)) for field in wanted], schema=wanted)
