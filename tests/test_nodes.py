@@ -112,7 +112,7 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
     cluster: Cluster, s3: S3Server, source: Place, model: Path, undisturbed: Place, kills: Kills
 ) -> None:
     head = cluster.head
-    s3.storm = Storm(0, {"GET": ["slow", "stall"]}, {"GET": 1}, max_per_path=1000)  # there are four things to kill
+    s3.storm = Storm(0, {"GET": ["slow", "stall"]}, {"GET": 0.3}, max_per_path=1000)  # there are four things to kill
     with (
         head.start_label_bucket(*options(source, kills, model)) as driver,
         Reader(kills.output, head.rss_bytes) as reader,
