@@ -165,7 +165,7 @@ def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
     hanging.unlink()
     os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
     done += units
-    assert re.search(r"the process that looks after 5 unit\(s\) died on this node: [1-4] of them are", caplog.text)
+    assert re.search(r"the process that looks after them died on this node: [1-4] of 5 unit\(s\) are", caplog.text)
     assert sorted(unit.unit_id for unit in done) == sorted(each.unit_id for each in work)
     assert sum(unit.num_rows for unit in done) == 320
 
@@ -180,7 +180,7 @@ def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
         resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
         ended = pool.submit(list, dataset.label_units(task, resources, work))
         os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
-        with pytest.raises(LabelBucketError, match=r"^the process that looks after 1 unit\(s\) died on this node"):
+        with pytest.raises(LabelBucketError, match=r"^expected some of 1 unit\(s\) .* found none: the process"):
             ended.result()
 
 
