@@ -144,21 +144,16 @@ class Head:
             check=False,
         )
 
-    def pid_of(self, name: str) -> int:
-        """The process of the only task of this name, or actor of this class, once it runs."""
-        from ray.util import state  # only now: see pytest_configure
+    def pid_of(self, title: str) -> int:
+        """The only process whose command line begins with `title`, once there is one."""
+        found: list[int] = []
 
-        def running() -> set[int | None]:
-            tasks = state.list_tasks(self.dashboard_url, filters=[("state", "=", "RUNNING")], detail=True)
-            actors = state.list_actors(self.dashboard_url, filters=[("state", "=", "ALIVE")])
-            named = [(each.name, each.worker_pid) for each in tasks]
-            named += [(each.class_name, each.pid) for each in actors]
-            return {pid for each, pid in named if each == name} - {None}
+        def is_there() -> bool:
+            found[:] = self.processes(title)
+            return len(found) == 1
 
-        wait_until(lambda: bool(running()))
-        (pid,) = running()
-        assert pid is not None
-        return pid
+        wait_until(is_there)
+        return found[0]
 
 
 @contextmanager

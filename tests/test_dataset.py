@@ -11,6 +11,7 @@ import checkpoints
 import pyarrow as pa
 import pytest
 from cluster import Head
+from kills import WAVE
 
 from pipeline import canary, catalog, checkpoint, dataset, decode, engine, parts, plan, schema, storage
 from pipeline.diff import Rules
@@ -163,7 +164,7 @@ def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
     units = dataset.label_units(task, replace(dataset.resolve_resources("auto", None), num_actors=1), work)
     done = [next(units)]
     hanging.unlink()
-    os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
+    os.kill(driver.pid_of(WAVE), signal.SIGKILL)
     done += units
     assert re.search(r"the process that looks after them died on this node: [1-4] of 5 unit\(s\) are", caplog.text)
     assert sorted(unit.unit_id for unit in done) == sorted(each.unit_id for each in work)
@@ -179,7 +180,7 @@ def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
     with ThreadPoolExecutor(1) as pool:
         resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
         ended = pool.submit(list, dataset.label_units(task, resources, work))
-        os.kill(driver.pid_of("_label_wave"), signal.SIGKILL)
+        os.kill(driver.pid_of(WAVE), signal.SIGKILL)
         with pytest.raises(LabelBucketError, match=r"^expected some of 1 unit\(s\) .* found none: the process"):
             ended.result()
 

@@ -13,6 +13,7 @@ import published
 import pytest
 import verifier
 from cluster import ROOT, Head, wait_until
+from kills import LABELING, WAVE
 from servers import S3Server
 from verifier import Place
 
@@ -33,10 +34,6 @@ CRASH_POINTS = (
     "catalog-published",
     "committed",
 )
-
-
-LABELER = "MapWorker(MapBatches(_Label))"
-"""What the engine calls an actor that labels."""
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +279,7 @@ def test_a_killed_driver_leaves_no_process_of_its_wave_behind(
 ) -> None:
     options = ("--input", source, "--output", str(tmp_path / "out"), "--model", model, "--gpu-actors=1")
     with head.start_label_bucket(*options) as driver:
-        actor, wave = head.pid_of(LABELER), head.pid_of("_label_wave")
+        actor, wave = head.pid_of(LABELING), head.pid_of(WAVE)
         driver.kill()
     wait_until(lambda: not Path(f"/proc/{wave}").exists() and not Path(f"/proc/{actor}").exists(), deadline_s=30)
 
