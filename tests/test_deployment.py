@@ -94,6 +94,7 @@ def test_the_network_policy_and_the_disruption_budget_mean_the_pods_of_every_clu
     common = documents("common.yaml")
     labels = [CLUSTER["headGroupSpec"]["template"]["metadata"]["labels"]]
     labels += [group["template"]["metadata"]["labels"] for group in CLUSTER["workerGroupSpecs"]]
+    labels += [documents("rayjob.yaml")["RayJob"]["spec"]["submitterPodTemplate"]["metadata"]["labels"]]
     for selector in ("podSelector", "selector"):
         (spec,) = [each["spec"] for each in common.values() if selector in each.get("spec", {})]
         assert all(spec[selector]["matchLabels"].items() <= each.items() for each in labels)
