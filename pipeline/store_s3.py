@@ -264,5 +264,7 @@ async def _get_object(**arguments: Any) -> tuple[bytes, str | None]:
     expected_bytes = response["ContentLength"]
     if len(data) != expected_bytes:
         raise OSError(f"body of {len(data)} bytes, {expected_bytes} announced")
+    if not response.get("ETag"):  # an error that comes with status 200 has none
+        raise OSError(f"body of {len(data)} bytes without an etag, beginning with {data[:60]!r}")
     has_own_etag = response.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in response
-    return data, None if has_own_etag else response.get("ETag", "").strip('"')
+    return data, None if has_own_etag else response["ETag"].strip('"')

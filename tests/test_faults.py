@@ -99,6 +99,16 @@ def test_commits_under_faults_of_every_kind_leave_exactly_what_was_committed(wea
     assert {info.key: output.get(info.key) for info in listed(bucket)} == wanted
 
 
+def test_an_error_that_comes_with_status_200_is_never_taken_for_the_object(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    output = storage.connect(bucket)
+    output.put("report.json", b"{}")
+    faults.append(fault := Fault("error_in_200", "GET", "report.json", times=2))
+    assert output.get("report.json") == b"{}"
+    assert fault.num_hits == 2
+
+
 def test_listings_under_faults_of_every_kind_are_complete(
     weather: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

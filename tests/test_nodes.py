@@ -157,7 +157,9 @@ def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_anoth
 def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
     cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, title: str
 ) -> None:
-    with cluster.head.start_label_bucket(*options(source, kills, model), "--stall-timeout-s=10") as driver:
+    # Of two actors, the other one would go on.
+    flags = (*options(source, kills, model)[:-1], f"--gpu-actors={1 if title == LABELING else 2}")
+    with cluster.head.start_label_bucket(*flags, "--stall-timeout-s=10") as driver:
         kills.wait_for_work(driver.poll)
         stopped = first(lambda: cluster.processes(title), driver)
         kills.kill("stopped", stopped, signal.SIGSTOP)
