@@ -20,16 +20,25 @@ from pipeline import storage
 from pipeline.arguments import add_log_level, count, positive
 from pipeline.errors import STOPPED, ConfigError, ConflictError, LabelBucketError, SourceError
 
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, search, print; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["dups"]:
-        return _find_duplicates(_dups_parser().parse_args(given[1:]))
-    flags = _parser().parse_args(given)
-    logging.basicConfig(level=flags.log_level, format=_LOG_FORMAT, stream=sys.stderr)
+    is_dups = given[:1] == ["dups"]
+    flags = _dups_parser().parse_args(given[1:]) if is_dups else _parser().parse_args(given)
+    logging.basicConfig(level=flags.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        (_find_duplicates if is_dups else _search)(flags)
+        return 0
+    except LabelBucketError as error:
+        print(f"search_images: exit code {error.exit_code}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"search_images: exit code {STOPPED}: stopped{'; run it again' if is_dups else ''}", file=sys.stderr)
+        return STOPPED
+
+
+def _search(flags: argparse.Namespace) -> None:
     from pipeline import search
     from pipeline.engine import quieten
 
@@ -37,39 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = search.Options(
         **{name: value for name, value in vars(flags).items() if name not in ("json", "html", "log_level")}
     )
-    try:
-        result = search.search(options)
-        if flags.html is not None:
-            folder, _, name = storage.normalize(flags.html).rpartition("/")
-            storage.connect(folder).put(name, search.as_page(result).encode())
-            print(f"search_images: wrote {flags.html}", file=sys.stderr)
-        if flags.json:
-            print(search.as_json(result))
-        elif flags.html is None:
-            print(search.as_table(result))
-        return 0
-    except LabelBucketError as error:
-        print(f"search_images: exit code {error.exit_code}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"search_images: exit code {STOPPED}: stopped", file=sys.stderr)
-        return STOPPED
+    result = search.search(options)
+    if flags.html is not None:
+        folder, _, name = storage.normalize(flags.html).rpartition("/")
+        storage.connect(folder).put(name, search.as_page(result).encode())
+        print(f"search_images: wrote {flags.html}", file=sys.stderr)
+    if flags.json:
+        print(search.as_json(result))
+    elif flags.html is None:
+        print(search.as_table(result))
 
 
-def _find_duplicates(flags: argparse.Namespace) -> int:
-    logging.basicConfig(level=flags.log_level, format=_LOG_FORMAT, stream=sys.stderr)
+def _find_duplicates(flags: argparse.Namespace) -> None:
     from pipeline import duplicates
 
     options = duplicates.Options(**{name: value for name, value in vars(flags).items() if name != "log_level"})
-    try:
-        print(f"search_images: exit code 0: {duplicates.find_duplicates(options)}", file=sys.stderr)
-        return 0
-    except LabelBucketError as error:
-        print(f"search_images: exit code {error.exit_code}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"search_images: exit code {STOPPED}: stopped; run it again", file=sys.stderr)
-        return STOPPED
+    print(f"search_images: exit code 0: {duplicates.find_duplicates(options)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
