@@ -3,15 +3,19 @@
 import io
 import os
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import effort
 import pyarrow.parquet as pq
-from cluster import wait_until
-from servers import S3Server
+import verifier
+from cluster import Head, wait_until
+from servers import S3Server, put_quickly
 from verifier import Place
+
+from pipeline.draw import draw_file
 
 PREPARING, LABELING, WAVE = "ray::MapBatches(", "ray::MapWorker(", "ray::_label_wave"
 """How the titles of workers begin."""
@@ -36,15 +40,15 @@ class Staged:
 
 
 class Kills:
-    """The kills of one run of `num_units` units over `source`, which nobody else reads meanwhile."""
+    """The kills of one run over `source`, which nobody else reads meanwhile; `undisturbed` is the output of another."""
 
-    def __init__(self, s3: S3Server, source: Place, output: Place, num_units: int) -> None:
+    def __init__(self, s3: S3Server, source: Place, output: Place, undisturbed: Place) -> None:
         self.staged = Staged(output)
         self.output = output
         self.counts = Counter[str]()
         self.num_in_flight = 0
         """Objects that had been read and were in no part, summed over all kills."""
-        self._s3, self._num_units, self._requests_before = s3, num_units, len(s3.requests)
+        self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
         self._prefix = f"/{source.bucket}/{source.prefix}"
 
     def reads(self) -> Counter[str]:
@@ -79,6 +83,39 @@ class Kills:
         num_lost = len(self.reads().keys() - self.staged.keys)
         self.num_in_flight += num_lost
         return num_lost
+
+
+def fill_with_pictures(s3: S3Server, bucket: str, num_objects: int, seed: int) -> Place:
+    """A new bucket with so many drawn pictures below in/, some of them broken: a hundred, as often as need be."""
+    s3.client.create_bucket(Bucket=bucket)
+    files: dict[str, bytes] = {}
+    for number in range(100):
+        file = draw_file(seed, number, broken_fraction=0.03)
+        files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(num_objects // 100)}
+    put_quickly(s3, bucket, files)
+    return Place(f"s3://{bucket}/in", s3.client)
+
+
+def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
+    """The output, beside the source, of a run that met neither fault nor kill."""
+    output = Place(f"s3://{source.bucket}/undisturbed", source.client)
+    done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    assert verifier.check(output, source, exit_code=0) == []
+    return output
+
+
+def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]", deadline_s: float = 120) -> int:
+    """The first process that `find` finds, as soon as there is one."""
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = find()
+        return bool(found) or driver.poll() is not None
+
+    wait_until(is_there, deadline_s)
+    assert found, f"the driver ended before there was a process to kill: {driver.communicate()[1][-3000:]}"
+    return found[0]
 
 
 def is_dead(pid: int) -> bool:

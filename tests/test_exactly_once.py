@@ -4,19 +4,18 @@ rows of an undisturbed one. And two controls that the verifier must find wrong, 
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import checkpoints
 import pytest
 import verifier
 from cluster import Head, wait_until
-from kills import LABELING, PREPARING, Kills
+from kills import LABELING, PREPARING, Kills, fill_with_pictures, first, label_undisturbed
 from servers import Kind, S3Server, Storm
-from test_faults import GET_KINDS, PUT_KINDS, put_quickly
+from test_faults import GET_KINDS, PUT_KINDS
 from verifier import Place, Reader
-
-from pipeline.draw import draw_file
 
 NUM_OBJECTS = 1600
 MIN_KILLS, MIN_FAULTS = 25, 200
@@ -26,13 +25,7 @@ SEED = 20261125
 @pytest.fixture(scope="module")
 def source(s3: S3Server) -> Place:
     """1,600 drawn pictures, some of them broken."""
-    s3.client.create_bucket(Bucket="once")
-    files: dict[str, bytes] = {}
-    for number in range(100):
-        file = draw_file(11, number, broken_fraction=0.03)
-        files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(NUM_OBJECTS // 100)}
-    put_quickly(s3, "once", files)
-    return Place("s3://once/in", s3.client)
+    return fill_with_pictures(s3, "once", NUM_OBJECTS, seed=11)
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(head: Head, s3: S3Server, source: Place, model: Path) -> Place:
+def undisturbed(head: Head, source: Place, model: Path) -> Place:
     """The output of a run that met neither fault nor kill."""
-    output = Place("s3://once/undisturbed", s3.client)
-    done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
-    assert done.returncode == 0, done.stderr
-    assert verifier.check(output, source, exit_code=0) == []
+    output = label_undisturbed(head, source, model)
     assert verifier.check_labels(output, source, model, 40) == []
     return output
 
@@ -61,8 +51,7 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
     storm = Storm(
         SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.08, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
     )
-    num_units = len([key for key in undisturbed.etags("_runs/") if "/parts/" in key])
-    kills, started_s = Kills(s3, source, output, num_units), time.monotonic()
+    kills, started_s = Kills(s3, source, output, undisturbed), time.monotonic()
 
     s3.storm = storm
     with Reader(output, head.rss_bytes) as reader:
@@ -71,7 +60,8 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
                 wait_until(lambda: driver.poll() is not None or kills.staged.look() > 0, 600)
                 last = 0
                 for what, title in victims:
-                    pid = driver.pid if what == "driver" else _new_victim(head, title, last, driver.poll)
+                    others = partial(_others, head, title, last)
+                    pid = driver.pid if what == "driver" else first(others, driver, 300)
                     assert driver.poll() is None, driver.communicate()[1][-3000:]
                     kills.kill(what, pid)
                     last = pid
@@ -111,7 +101,7 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
 ) -> None:
     output = Place(f"s3://once/outage-{kind}", s3.client)
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
-    kills = Kills(s3, source, output, num_units=2)
+    kills = Kills(s3, source, output, undisturbed)
     every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")
     outage = Storm(SEED, {operation: [kind] for operation in every}, dict.fromkeys(every, 1), max_per_path=10**6)
     with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
@@ -145,13 +135,6 @@ def _victims() -> Iterator[list[tuple[str, str]]]:
     yield [worker, actor]
 
 
-def _new_victim(head: Head, title: str, last: int, poll: Callable[[], int | None]) -> int:
-    """A process with this title other than the last one, as soon as there is one; the driver's end ends the waiting."""
-    found: list[int] = []
-
-    def is_there() -> bool:
-        found[:] = [pid for pid in head.processes(title) if pid != last]
-        return bool(found) or poll() is not None
-
-    wait_until(is_there, 300)
-    return found[0] if found else last
+def _others(head: Head, title: str, last: int) -> list[int]:
+    """The processes with this title, without the one that was killed last."""
+    return [pid for pid in head.processes(title) if pid != last]

@@ -2,14 +2,13 @@
 
 import threading
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import Fault, Kind, S3Server, Storm
+from servers import Fault, Kind, S3Server, Storm, put_quickly
 from test_plan import Place as CatalogPlace
 from test_plan import row
 
@@ -48,18 +47,6 @@ def fill(s3: S3Server, bucket: str, num_objects: int) -> dict[str, bytes]:
     files = {f"{number:05d}": f"{number:05d}".encode() * 20 for number in range(num_objects)}
     put_quickly(s3, bucket[5:], {f"in/{key}": data for key, data in files.items()})
     return files
-
-
-def put_quickly(s3: S3Server, bucket: str, files: Mapping[str, bytes]) -> None:
-    """Many objects at once, unsigned: moto checks no signature, and signing takes longer than the request."""
-
-    def put(item: tuple[str, bytes]) -> None:
-        url = f"{s3.direct_url}/{bucket}/{item[0]}"
-        headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read"}
-        urllib.request.urlopen(urllib.request.Request(url, item[1], headers, method="PUT")).close()
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(put, files.items()))
 
 
 def listed(url: str) -> list[ObjectInfo]:

@@ -5,8 +5,7 @@ run ends with the rows of an undisturbed one, or says why not, and then the same
 import os
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +14,9 @@ import checkpoints
 import pytest
 import verifier
 from cluster import Head, Node, running_head, wait_until
-from kills import LABELING, PREPARING, WAVE, Kills
+from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed
 from servers import S3Server, Storm
-from test_faults import put_quickly
 from verifier import Place, Reader
-
-from pipeline.draw import draw_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -43,13 +39,7 @@ class Cluster(NamedTuple):
 @pytest.fixture(scope="module")
 def source(s3: S3Server) -> Place:
     """1,200 drawn pictures, some of them broken."""
-    s3.client.create_bucket(Bucket="nodes")
-    files: dict[str, bytes] = {}
-    for number in range(100):
-        file = draw_file(12, number, broken_fraction=0.03)
-        files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(NUM_OBJECTS // 100)}
-    put_quickly(s3, "nodes", files)
-    return Place("s3://nodes/in", s3.client)
+    return fill_with_pictures(s3, "nodes", NUM_OBJECTS, seed=12)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(head: Head, s3: S3Server, source: Place, model: Path) -> Place:
+def undisturbed(head: Head, source: Place, model: Path) -> Place:
     """The output of a run on one node that nothing happened to."""
-    output = Place("s3://nodes/undisturbed", s3.client)
-    done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
-    assert done.returncode == 0, done.stderr
-    assert verifier.check(output, source, exit_code=0) == []
-    return output
+    return label_undisturbed(head, source, model)
 
 
 @pytest.fixture
@@ -80,22 +66,8 @@ def cluster(s3: S3Server) -> Iterator[Cluster]:
 
 @pytest.fixture
 def kills(s3: S3Server, source: Place, undisturbed: Place, request: pytest.FixtureRequest) -> Kills:
-    num_units = len([key for key in undisturbed.etags("_runs/") if "/parts/" in key])
     output = Place(f"s3://nodes/{request.node.name}", s3.client)
-    return Kills(s3, source, output, num_units)
-
-
-def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]") -> int:
-    """The first process that `find` finds, as soon as there is one."""
-    found: list[int] = []
-
-    def is_there() -> bool:
-        found[:] = find()
-        return bool(found) or driver.poll() is not None
-
-    wait_until(is_there)
-    assert found, f"the driver ended before there was a process to kill: {driver.communicate()[1][-3000:]}"
-    return found[0]
+    return Kills(s3, source, output, undisturbed)
 
 
 def options(source: Place, kills: Kills, model: Path) -> tuple[str, ...]:

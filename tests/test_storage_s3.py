@@ -6,15 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import botocore.utils
 import pytest
-from servers import Fault, S3Server
+from servers import Fault, S3Server, put_quickly
 from test_storage import keys, listed
 
 from pipeline import storage, store, store_s3, store_s3_get
@@ -25,16 +23,9 @@ def _put(s3: S3Server, bucket: str, key: str, data: bytes, **options: Any) -> No
     s3.client.put_object(Bucket=bucket.removeprefix("s3://"), Key=key, Body=data, **options)
 
 
-def _put_quickly(s3: S3Server, bucket: str, key: str) -> None:
-    # moto checks no signature, and signing takes longer than the request.
-    url = f"{s3.direct_url}/{bucket[5:]}/{key}"
-    urllib.request.urlopen(urllib.request.Request(url, b"x", method="PUT")).close()
-
-
 def test_a_bucket_of_more_than_one_full_page_is_listed_to_its_end(s3: S3Server, bucket: str) -> None:
     names = [f"{number:04d}" for number in range(1003)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda name: _put_quickly(s3, bucket, name), names))
+    put_quickly(s3, bucket[5:], dict.fromkeys(names, b"x"))
     pages = list(storage.connect(bucket).list_pages())
     assert [len(page) for page in pages] == [1000, 3]
     assert [info.key for page in pages for info in page] == names

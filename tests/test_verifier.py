@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import verifier
 from PIL import Image
-from servers import Fault, Kind, S3Server, Storm
-from test_faults import put_quickly
+from servers import Fault, Kind, S3Server, Storm, put_quickly
 from verifier import Place, Reader
 
 from pipeline.draw import draw_file
