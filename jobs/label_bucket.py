@@ -9,8 +9,8 @@ from pathlib import Path
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.config import load_config
 from pipeline.errors import STOPPED, LabelBucketError
+from pipeline.options import load_config
 
 _log = logging.getLogger("label_bucket")
 

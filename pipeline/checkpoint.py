@@ -6,14 +6,11 @@ may pay for importing torch.
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
-import filelock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -26,7 +23,7 @@ from huggingface_hub.errors import (
 # Of the HTTP library, whose name differs between the hub client's versions.
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]
 
-from pipeline import schema, storage
+from pipeline import cache, schema, storage
 from pipeline.errors import ConfigError
 
 PreprocessMode = Literal["checkpoint", "paper", "fast"]
@@ -170,7 +167,7 @@ def _fetch(model: str, revision: str | None, cache_dir: Path | None) -> _Files:
     if "://" in model:
         url = storage.normalize(model)
         if not url.startswith("file://"):
-            return _Files(_download(url, cache_dir or _default_cache()), url, None)
+            return _Files(_download(url, cache_dir or cache.default_dir()), url, None)
         model = url.removeprefix("file://")
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -181,11 +178,6 @@ def _fetch(model: str, revision: str | None, cache_dir: Path | None) -> _Files:
     raise ConfigError(
         f"model {model}: expected demo, a folder, a URL of one, or a hub id (owner/name), found no such folder"
     )
-
-
-def _default_cache() -> Path:
-    configured = os.environ.get("LABEL_BUCKET_CACHE")
-    return Path(configured or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "label-bucket")).expanduser()
 
 
 def _download(url: str, cache_dir: Path) -> Path:
@@ -199,23 +191,12 @@ def _download(url: str, cache_dir: Path) -> Path:
         raise _no_weights(f"model {url}", [info.key for info in listed])
     # Another etag is another folder, so an overwritten checkpoint is never mixed with the files of the old one.
     content = schema.digest([url, [[info.key, info.etag, info.size_bytes] for info in wanted]])
-    folder = cache_dir / "checkpoints" / content[:24]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{folder}.lock", mode=0o600):
-            if not folder.is_dir():
-                partial = folder.with_suffix(".partial")
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-                partial.mkdir()
-                for info in wanted:
-                    data = store.get(info.key, listed=info, deadline_s=_DOWNLOAD_DEADLINE_S)
-                    (partial / info.key).write_bytes(data)
-                partial.rename(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"model {url}: cannot write to the cache {cache_dir} ({storage.describe(error)}); set LABEL_BUCKET_CACHE"
-        ) from error
-    return folder
+
+    def download(folder: Path) -> None:
+        for info in wanted:
+            (folder / info.key).write_bytes(store.get(info.key, listed=info, deadline_s=_DOWNLOAD_DEADLINE_S))
+
+    return cache.once(cache_dir / "checkpoints" / content[:24], download, f"model {url}")
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

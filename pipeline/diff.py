@@ -13,7 +13,7 @@ from pipeline import store as stores
 from pipeline.catalog import CatalogRow, KeyRange
 from pipeline.errors import TRANSIENT, FailureKind, UnstableError
 from pipeline.listing import Scope
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source, Store
 
 COUNTS = ("listed", "filtered", "unchanged", "planned", "known", "kept", "deleted")
 """listed = filtered + unchanged + planned. Of the last catalog's rows, `known` are listed and in scope, `deleted` are
@@ -50,7 +50,7 @@ class Deletion(NamedTuple):
 
 
 def compare(
-    source: Store, output: Store, key_range: KeyRange, rules: Rules, counts: dict[str, int]
+    source: Source, output: Store, key_range: KeyRange, rules: Rules, counts: dict[str, int]
 ) -> Iterator[ObjectInfo | Deletion]:
     """What to do in a range: objects to label, and deletions, each kind in key order; `counts` (by the names in COUNTS)
     is right when the iterator ends.
@@ -106,7 +106,7 @@ class _Gone:
     source cannot be listed from the middle there is one for all, and its rows are in memory.
     """
 
-    def __init__(self, source: Store, after: str) -> None:
+    def __init__(self, source: Source, after: str) -> None:
         self.num_confirmed = 0
         self._source = source
         self._rows: list[CatalogRow] = []

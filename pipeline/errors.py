@@ -77,6 +77,7 @@ class ConflictError(LabelBucketError):
 class FailureKind(StrEnum):
     """Why an object has no label. `TRANSIENT` ones are tried again the next night."""
 
+    BAD_URI = "bad_uri"
     EMPTY = "empty"
     TOO_LARGE = "too_large"
     MISSING = "missing"

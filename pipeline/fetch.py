@@ -18,7 +18,7 @@ from pipeline.errors import (
     UnavailableError,
     UnstableError,
 )
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source
 
 CONCURRENCY = 16
 """GETs in flight per task: hides ~20 ms of latency behind ~5 ms of decoding with room to spare."""
@@ -33,11 +33,11 @@ _KINDS: tuple[tuple[type[SourceError], FailureKind], ...] = (
     (UnavailableError, FailureKind.UNAVAILABLE),
     (SourceError, FailureKind.FORBIDDEN),
 )
-_NOT_ASKED_FOR = frozenset({FailureKind.ARCHIVED, FailureKind.EMPTY, FailureKind.TOO_LARGE})
+_NOT_ASKED_FOR = frozenset({FailureKind.BAD_URI, FailureKind.ARCHIVED, FailureKind.EMPTY, FailureKind.TOO_LARGE})
 
 
 def fetch(
-    store: Store, objects: Sequence[ObjectInfo], *, max_image_bytes: int, deadline_s: float
+    store: Source, objects: Sequence[ObjectInfo], *, max_image_bytes: int, deadline_s: float
 ) -> Iterator[bytes | ImageError]:
     """The bytes of each object in order, or its failure; at most CONCURRENCY requests and 256 MiB ahead of the reader.
 
@@ -86,14 +86,22 @@ def fetch(
         next(store.list_pages(), None)
 
 
-def _fetch_one(store: Store, info: ObjectInfo, max_image_bytes: int, deadline_s: float) -> bytes | ImageError:
+def _fetch_one(store: Source, info: ObjectInfo, max_image_bytes: int, deadline_s: float) -> bytes | ImageError:
+    if info.is_bad_uri:
+        return _failure(
+            FailureKind.BAD_URI,
+            f"expected a uri below {store.root}, or a path relative to it, found {info.key[:200]!r} in the manifest",
+        )
     if info.is_archived:
         return _failure(FailureKind.ARCHIVED, f"storage class {info.storage_class}: restore the object to label it")
-    if info.size_bytes == 0:
+    if info.size_bytes == 0 and not info.is_absent:
         return _failure(FailureKind.EMPTY, "the object has no bytes")
     if info.size_bytes > max_image_bytes:
         return _failure(FailureKind.TOO_LARGE, f"{info.size_bytes} bytes, the limit is {max_image_bytes}")
     try:
+        if info.is_absent:  # which of the reasons it was
+            store.get(info.key, deadline_s=deadline_s)
+            return _failure(FailureKind.CHANGED, "it was not there when the run was planned")
         return store.get(info.key, listed=info, deadline_s=deadline_s)
     except SourceError as error:
         return _failure(next(kind for each, kind in _KINDS if isinstance(error, each)), str(error))

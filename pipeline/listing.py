@@ -15,7 +15,8 @@ from typing import NamedTuple
 from fsspec.utils import glob_translate
 
 from pipeline import store as stores
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source
+from pipeline.store_manifest import ManifestStore
 
 SMALL_SOURCE_PAGES = 20
 """A source that ends within so many pages is one range."""
@@ -40,7 +41,7 @@ class Scope:
     exclude: tuple[str, ...] = ()
 
     def pages(
-        self, store: Store, after: str = "", through: str | None = None
+        self, store: Source, after: str = "", through: str | None = None
     ) -> Iterator[list[tuple[ObjectInfo, bool]]]:
         """Every object below the root with whether it is in scope, in UTF-8 byte order of the key, by the page; of the
         keys greater than `after` and not greater than `through`.
@@ -60,7 +61,7 @@ class Scope:
         return is_meant
 
 
-def pages(store: Store, after: str = "", through: str | None = None) -> Iterator[list[ObjectInfo]]:
+def pages(store: Source, after: str = "", through: str | None = None) -> Iterator[list[ObjectInfo]]:
     """Every object with a key greater than `after` and not greater than `through`, by the page."""
     for page in store.list_pages(start_after=after):
         if through is not None and page[-1].key > through:
@@ -73,7 +74,8 @@ def pages(store: Store, after: str = "", through: str | None = None) -> Iterator
 
 def _is_folder_marker(info: ObjectInfo) -> bool:
     # What some tools write for a folder; that of the root itself has an empty key.
-    return info.size_bytes == 0 and (info.key.endswith("/") or not info.key)
+    is_there = not (info.is_bad_uri or info.is_absent)
+    return is_there and info.size_bytes == 0 and (info.key.endswith("/") or not info.key)
 
 
 def _translate(globs: Sequence[str]) -> list[re.Pattern[str]]:
@@ -97,13 +99,15 @@ class _Group(NamedTuple):
         return self.prefix if self.is_key else self.prefix + _LAST
 
 
-def borders(store: Store) -> list[str]:
+def borders(store: Source) -> list[str]:
     """Where to cut a source that nobody has listed before: in order, each the upper end of a range. A small one is not.
 
     Keys are grouped by their first characters, wherever folders end, since a bucket may have none. A group of more than
     a page is grouped by the next character, level by level, until all are small or MAX_PROBES requests are used up.
     A source that cannot be listed from the middle is not cut.
     """
+    if isinstance(store, ManifestStore):  # it is sorted already
+        return store.borders(MIN_RANGE_OBJECTS)
     if not store.can_seek or len(list(islice(store.list_pages(), SMALL_SOURCE_PAGES))) < SMALL_SOURCE_PAGES:
         return []
     groups = [_Group("", False, 0, True)]
@@ -130,7 +134,7 @@ def _joined(groups: Sequence[_Group]) -> list[str]:
     return found
 
 
-def _children(store: Store, prefix: str) -> tuple[list[_Group], int]:
+def _children(store: Source, prefix: str) -> tuple[list[_Group], int]:
     """The groups that the next character makes of the keys below `prefix`, and the requests it took to see them."""
     groups: list[_Group] = []
     after, num_probes = "", 0

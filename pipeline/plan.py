@@ -26,7 +26,7 @@ from pipeline.catalog import CatalogRow, KeyRange
 from pipeline.diff import COUNTS, Rules
 from pipeline.errors import ConflictError, UnstableError
 from pipeline.log import FileRef
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source, Store
 
 MAX_UNIT_ROWS = 1024
 MAX_UNIT_INPUT_BYTES = 160_000_000
@@ -132,7 +132,7 @@ def seal_ranges(output: Store, run_id: str, find: Callable[[], Sequence[KeyRange
     ]
 
 
-def find_ranges(source: Store, base: Sequence[FileRef]) -> list[KeyRange]:
+def find_ranges(source: Source, base: Sequence[FileRef]) -> list[KeyRange]:
     """The ranges that the last catalog's files make; on a first night those that the source's keys suggest."""
     if base:
         return catalog.ranges(base, is_divisible=source.can_seek)
@@ -140,7 +140,7 @@ def find_ranges(source: Store, base: Sequence[FileRef]) -> list[KeyRange]:
 
 
 def plan_range(
-    source: Store, output: Store, run_id: str, key_range: KeyRange, rules: Rules, sizes: UnitSizes
+    source: Source, output: Store, run_id: str, key_range: KeyRange, rules: Rules, sizes: UnitSizes
 ) -> RangePlan:
     """Plan one key range: list, compare with the catalog, write the chunks, publish the range once.
 
@@ -154,7 +154,7 @@ def plan_range(
     return _parse_range(standing)
 
 
-def preview_range(source: Store, output: Store, key_range: KeyRange, rules: Rules, sizes: UnitSizes) -> RangePlan:
+def preview_range(source: Source, output: Store, key_range: KeyRange, rules: Rules, sizes: UnitSizes) -> RangePlan:
     """The plan that `plan_range` would make now, without writing anything: its chunks do not exist."""
     return _plan(source, output, key_range, rules, sizes, lambda _key, data: data, "")
 
@@ -204,8 +204,8 @@ def read_deletions(output: Store, planned: RangePlan) -> Iterator[pa.Table]:
 
 
 def unit_id(objects: pa.Table) -> str:
-    """Identity of a unit: SHA-256 (first 32 hex digits) over its objects' keys, etags, sizes and places, in order."""
-    names = ("key", "etag", "size_bytes", "container", "container_row")
+    """Identity of a unit: SHA-256 (first 32 hex digits) over its objects' keys, etags and sizes, in order."""
+    names = ("key", "etag", "size_bytes")
     return schema.digest([objects.column(name).to_pylist() for name in names])[:32]
 
 
@@ -223,7 +223,7 @@ def read_unit(output: Store, chunk_key: str, wanted_unit_id: str) -> pa.Table:
 
 
 def _plan(
-    source: Store,
+    source: Source,
     output: Store,
     key_range: KeyRange,
     rules: Rules,
@@ -336,8 +336,7 @@ def objects_table(root: str, infos: Sequence[ObjectInfo]) -> pa.Table:
             "size_bytes": [info.size_bytes for info in infos],
             "last_modified": [info.last_modified for info in infos],
             "storage_class": [info.storage_class for info in infos],
-            "container": [None] * len(infos),
-            "container_row": [None] * len(infos),
+            "extra": [info.extra for info in infos],
         },
         schema.OBJECTS,
     )

@@ -16,10 +16,10 @@ from pipeline.decode import DecodeLimits
 from pipeline.errors import FailureKind, ImageError
 from pipeline.fetch import fetch
 from pipeline.picture import Facts, Recipe
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source
 
 
-def prepare_unit(store: Store, objects: pa.Table, recipe: Recipe, *, deadline_s: float) -> tuple[pa.Table, float]:
+def prepare_unit(store: Source, objects: pa.Table, recipe: Recipe, *, deadline_s: float) -> tuple[pa.Table, float]:
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
 
     Pixels are uint8 (input_px, input_px, 3) in C order; columns of schema.STATS are null unless the recipe has them.
@@ -29,7 +29,7 @@ def prepare_unit(store: Store, objects: pa.Table, recipe: Recipe, *, deadline_s:
 
 
 def fetched(
-    store: Store, objects: pa.Table, limits: DecodeLimits, *, deadline_s: float
+    store: Source, objects: pa.Table, limits: DecodeLimits, *, deadline_s: float
 ) -> Iterator[tuple[int, bytes | ImageError]]:
     """The row and the encoded bytes of each object, or its failure.
 

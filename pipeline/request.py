@@ -21,7 +21,7 @@ from pipeline.listing import Scope
 from pipeline.log import Entry, FileRef, State
 from pipeline.picture import Recipe
 from pipeline.preprocess import spec_from_config
-from pipeline.storage import ObjectInfo, Store
+from pipeline.storage import ObjectInfo, Source, Store
 
 OUTPUT_FOLDERS = frozenset({"labels", "failures", "deletions", "snapshots", "_catalog", "_log", "_runs"})
 """What is written below an output."""
@@ -37,7 +37,7 @@ IMAGE_STATS = "label_bucket.image_stats"
 class Request:
     """What the command asks for, resolved against the source, the output's log and the model."""
 
-    source: Store
+    source: Source
     output: Store
     rules: Rules
     checkpoint: Checkpoint
@@ -50,7 +50,7 @@ class Request:
     """Its catalog, which says what need not be labeled again."""
 
 
-def _check_output(config: Config, source: Store, output: Store, state: State) -> None:
+def _check_output(config: Config, source: Source, output: Store, state: State) -> None:
     """Refuse another source for this output, and a source in which its results would appear."""
     below = f"{source.root}/".removeprefix(f"{output.root}/").partition("/")[0]
     if below in OUTPUT_FOLDERS and source.root.startswith(f"{output.root}/"):
@@ -65,7 +65,7 @@ def _check_output(config: Config, source: Store, output: Store, state: State) ->
         )
 
 
-def resolve(config: Config, source: Store, output: Store, state: State) -> Request:
+def resolve(config: Config, source: Source, output: Store, state: State) -> Request:
     """Check everything that can be checked without Ray and without writing, cheapest first.
 
     Raises ConfigError, SourceError or ConflictError.
@@ -91,6 +91,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
         "include": sorted(set(config.include)),
         "exclude": sorted(set(config.exclude)),
         "limit": config.limit,
+        "manifest": config.manifest,
         "space_id": space_id,
         "top_k": config.top_k,
         "embedding_dim": dim,
@@ -114,7 +115,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
         rules=Rules(
             scope=scope,
             limit=config.limit,
-            records_deletions=same_filters and config.limit is None,
+            records_deletions=same_filters and config.limit is None and config.manifest is None,
             relabel=config.relabel,
         ),
         checkpoint=found,
@@ -126,7 +127,7 @@ def resolve(config: Config, source: Store, output: Store, state: State) -> Reque
     )
 
 
-def _has_objects(source: Store, scope: Scope, max_image_bytes: int) -> bool:
+def _has_objects(source: Source, scope: Scope, max_image_bytes: int) -> bool:
     """Whether there seems to be an object in scope; raises if it may not be read.
 
     Looks at MAX_PAGES_LOOKED_AT pages; what is behind them is for planning to see.
@@ -143,7 +144,7 @@ def _has_objects(source: Store, scope: Scope, max_image_bytes: int) -> bool:
         raise SourceError(f"--input {source.root}: {error}; check the name and the endpoint") from error
 
 
-def nothing_to_label(source: Store, scope: Scope, base: Entry | None) -> ConfigError | SourceError:
+def nothing_to_label(source: Source, scope: Scope, base: Entry | None) -> ConfigError | SourceError:
     """What to say of a listing without an object in scope: it ends the run."""
     if base is not None:
         return SourceError(
@@ -158,7 +159,7 @@ def nothing_to_label(source: Store, scope: Scope, base: Entry | None) -> ConfigE
     return SourceError(f"--input {source.root}: expected objects, found none; check the prefix")
 
 
-def _check_readable(source: Store, infos: list[ObjectInfo], max_image_bytes: int) -> None:
+def _check_readable(source: Source, infos: list[ObjectInfo], max_image_bytes: int) -> None:
     """Raise ForbiddenError if none of the smallest few may be read: then the identity is wrong, not the objects."""
     candidates = [info for info in infos if 0 < info.size_bytes <= max_image_bytes and not info.is_archived]
     refusal: ForbiddenError | None = None

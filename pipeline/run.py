@@ -77,7 +77,7 @@ def label_bucket(config: Config, *, start_engine: Callable[[], None]) -> Report:
 def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, str | None]:
     """One run, and when it was claimed if that was before this command."""
     output = storage.connect_output(config.output)
-    source = storage.connect(config.input)
+    source = storage.connect_input(config.input, config.manifest)
     state = log.read(output)
     if not config.dry_run:
         state = _finish_what_is_open(output, state, start_engine)
@@ -215,7 +215,7 @@ def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | Non
 
     def start(key_range: KeyRange, rules: Rules) -> ray.ObjectRef[plan.Range]:
         return _plan_range.options(num_cpus=0.5, memory=3 << 27).remote(
-            request.source.root, request.output.root, run_id, key_range, rules, sizes
+            request.source.url, request.output.root, run_id, key_range, rules, sizes
         )
 
     rules = request.rules
@@ -235,7 +235,7 @@ def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | Non
 def _plan_range(
     input_url: str, output_url: str, run_id: str | None, key_range: KeyRange, rules: Rules, sizes: plan.UnitSizes
 ) -> plan.Range:
-    source, output = storage.connect(input_url), storage.connect(output_url)
+    source, output = storage.connect_input(input_url), storage.connect(output_url)
     if run_id is None:
         return plan.preview_range(source, output, key_range, rules, sizes).summary()
     return plan.plan_range(source, output, run_id, key_range, rules, sizes).summary()

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of everything below and of the log. A reader refuses another one. Version 1 had its state per run, not per
-key range; version 2 no statistics of images."""
+key range; version 2 no statistics of images; version 3 no other columns of a manifest."""
 
 _VERSION = b"label_bucket.schema_version"
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
@@ -34,9 +34,7 @@ OBJECTS = pa.schema(
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("last_modified", _TIMESTAMP),
         pa.field("storage_class", pa.string()),
-        # For images inside a container file (tar, Parquet): where; null for a loose object.
-        pa.field("container", pa.string()),
-        pa.field("container_row", pa.int64()),
+        pa.field("extra", pa.string()),  # JSON object of a manifest's other columns
     ]
 )
 
@@ -105,6 +103,7 @@ def labels(embedding_dim: int | None) -> pa.Schema:
         pa.field("version_id", pa.string()),
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("last_modified", _TIMESTAMP),
+        pa.field("extra", pa.string()),
         pa.field("width_px", pa.int32(), nullable=False),
         pa.field("height_px", pa.int32(), nullable=False),
         *STATS,
@@ -130,6 +129,7 @@ FAILURES = pa.schema(
         pa.field("version_id", pa.string()),
         pa.field("size_bytes", pa.int64(), nullable=False),
         pa.field("last_modified", _TIMESTAMP),
+        pa.field("extra", pa.string()),
         pa.field("failure_kind", pa.string(), nullable=False),
         pa.field("failure_stage", pa.string(), nullable=False),
         pa.field("failure_message", pa.string(), nullable=False),

@@ -13,16 +13,19 @@ from pathlib import Path
 import fsspec
 
 from pipeline.errors import AbsentError, ConfigError
-from pipeline.store import MAX_PUT_BYTES, ObjectInfo, Store, describe
+from pipeline.store import MAX_PUT_BYTES, ObjectInfo, Source, Store, describe
 from pipeline.store_fsspec import FsspecStore
 from pipeline.store_local import LocalStore
+from pipeline.store_manifest import SCHEME, ManifestStore
 from pipeline.store_s3 import S3Store
 
 __all__ = [
     "MAX_PUT_BYTES",
     "ObjectInfo",
+    "Source",
     "Store",
     "connect",
+    "connect_input",
     "connect_output",
     "describe",
     "get_or_none",
@@ -39,6 +42,19 @@ def connect(url: str) -> Store:
     if root.startswith("file://"):
         return LocalStore(root)
     return FsspecStore(root)
+
+
+def connect_input(url: str, manifest_url: str | None = None) -> Source:
+    """What a night reads: the objects below `url`, or of these only what the manifest names; also by a source's `url`.
+
+    ConfigError for URLs that name no place.
+    """
+    if url.startswith(f"{SCHEME}::"):
+        _, manifest_url, url = url.split("::")
+    if manifest_url is None:
+        return connect(url)
+    folder, _, name = normalize(manifest_url).rpartition("/")
+    return ManifestStore(connect(url), connect(folder), name)
 
 
 def connect_output(url: str) -> Store:

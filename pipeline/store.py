@@ -30,6 +30,10 @@ MAX_REPEATS_PER_S = 1.5
 _MAX_SAVED_REPEATS = 5.0
 PAGE_OBJECTS = 1000
 """Keys in a page; what one S3 LIST request returns."""
+ABSENT = "label-bucket: absent"
+"""The storage class of what a manifest names and storage does not have, or not for this identity."""
+BAD_URI = "label-bucket: bad uri"
+"""The storage class of what a manifest says that can be no object below the input."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 _T = TypeVar("_T")
@@ -44,6 +48,18 @@ class ObjectInfo(NamedTuple):
     last_modified: datetime | None
     storage_class: str | None = None
     version_id: str | None = None
+    extra: str | None = None
+    """What else a manifest says of it, as a JSON object."""
+
+    @property
+    def is_bad_uri(self) -> bool:
+        """Whether a manifest named it that cannot mean it."""
+        return self.storage_class == BAD_URI
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether a manifest named it and storage did not show it."""
+        return self.storage_class == ABSENT
 
     @property
     def is_archived(self) -> bool:
@@ -51,10 +67,12 @@ class ObjectInfo(NamedTuple):
         return self.storage_class in _ARCHIVED
 
 
-class Store(Protocol):
-    """Objects below a root URL. Every method raises `SourceError` or one of its kinds, and nothing else."""
+class Source(Protocol):
+    """Objects below a root URL that can be read. Every method raises `SourceError` or one of its kinds."""
 
     root: str
+    url: str
+    """What `storage.connect` opens again: the root, unless the listing comes from elsewhere."""
     can_seek: bool
     """Whether a listing that starts after some key costs only the pages that follow."""
 
@@ -64,6 +82,14 @@ class Store(Protocol):
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = DEADLINE_S) -> bytes:
         """The object's bytes; with `listed`, only if it still is that object and every byte of it arrived."""
+        ...
+
+
+class Store(Source, Protocol):
+    """Objects below a root URL that can be read and written, and looked at by themselves."""
+
+    def stat(self, key: str) -> ObjectInfo:
+        """What a listing would say of one object. AbsentError if there is none."""
         ...
 
     def put(self, key: str, data: bytes) -> None:

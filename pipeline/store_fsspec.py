@@ -24,7 +24,7 @@ class FsspecStore:
     can_seek = False
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.root = self.url = root
         try:
             self._filesystem, self._path = fsspec.core.url_to_fs(root)
         except (ImportError, ValueError) as error:
@@ -80,6 +80,15 @@ class FsspecStore:
             return call(*arguments, **options)
         except Exception as error:  # every filesystem raises the errors of its own client library
             raise _translate(error, what) from error
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See Store."""
+        what = f"look at {self.root}/{key}"
+        ask = functools.partial(self._guard, what, self._filesystem.info, f"{self._path}/{key}")
+        entry = until_deadline(ask, what, store.DEADLINE_S)
+        if entry["type"] == "directory":
+            raise AbsentError(f"{what}: expected a file, found a folder")
+        return self._info(key, entry)
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store. These stores offer no conditional read: only the length tells that an object changed."""

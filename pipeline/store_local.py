@@ -42,7 +42,7 @@ class LocalStore:
     can_seek = False
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.root = self.url = root
         self._path = Path(root.removeprefix("file://"))
 
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
@@ -68,6 +68,14 @@ class LocalStore:
                     page = []
             if page:
                 yield page
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See Store."""
+        path = self._path / key
+        with _local_errors(f"look at {path}"):
+            if not path.is_file():
+                raise AbsentError(f"look at {path}: expected a file, found {_what_is(path)}")
+            return _local_info(key, path.stat())
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store."""
@@ -149,7 +157,7 @@ def _check_utf8(root: str, key: str) -> None:
 
 
 def _what_is(path: Path) -> str:
-    return "a file" if path.exists() else "nothing"
+    return "nothing" if not path.exists() else "a folder" if path.is_dir() else "a file"
 
 
 def _walk(folder: Path, prefix: str, start_after: str) -> Iterator[tuple[str, Path]]:

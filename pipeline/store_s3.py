@@ -108,7 +108,7 @@ class S3Store:
     can_seek = True
 
     def __init__(self, root: str) -> None:
-        self.root = root
+        self.root = self.url = root
         self._bucket, _, prefix = root.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix}/" if prefix else ""
 
@@ -160,6 +160,15 @@ class S3Store:
             last_modified=item["LastModified"].astimezone(UTC),
             storage_class=item.get("StorageClass"),
         )
+
+    def stat(self, key: str) -> ObjectInfo:
+        """See Store. One HEAD request."""
+        what = f"look at {self.root}/{key}"
+        request = functools.partial(
+            self._call, what, store.DEADLINE_S, _s3()._call_s3, method="head_object", Key=self._prefix + key
+        )
+        found = until_deadline(request, what, store.DEADLINE_S)
+        return self._info({**found, "Key": self._prefix + key, "Size": found["ContentLength"]})
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store. One GET, with If-Match where the etag is known: then through the cheaper client."""

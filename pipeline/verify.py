@@ -356,10 +356,14 @@ def _catalog_check(state: State, entry: Entry, files: Sequence[FileRef], found: 
 
 
 def _covers_its_scope(state: State, entry: Entry) -> bool:
-    """Whether the catalog holds exactly what this run listed in scope: it had no limit, and recorded deletions."""
+    """Whether the catalog holds what this run listed in scope, and nothing else."""
     earlier = [each for each in state.runs if each.space_id == entry.space_id and each.run_seq < entry.run_seq]
     has_same = all(not earlier or earlier[-1].identity[name] == entry.identity[name] for name in ("include", "exclude"))
-    return entry.identity["limit"] is None and has_same
+    return not _looked_at_some(entry) and has_same
+
+
+def _looked_at_some(entry: Entry) -> bool:
+    return entry.identity["limit"] is not None or entry.identity["manifest"] is not None
 
 
 def _listing_check(
@@ -369,7 +373,7 @@ def _listing_check(
     if not audit.lists_source:
         return Check(name=name, status="skipped", text="the source was not listed (--no-listing)")
     source = storage.connect(entry.identity["input"])
-    is_limited = entry.identity["limit"] is not None
+    is_limited = _looked_at_some(entry)
     began = log.read_claim(output, entry.run_seq).created_at
     counts: Counter[str] = Counter()
     ranges = catalog.ranges(files, is_divisible=source.can_seek)
@@ -383,7 +387,7 @@ def _listing_check(
         f" + {counts['filtered']:,} filtered + {counts['changed']:,} changed + {counts['new']:,} new since run"
         f" {entry.run_id}"
     )
-    text += f" + {counts['not_looked_at']:,} not looked at (it had a limit)" if is_limited else ""
+    text += f" + {counts['not_looked_at']:,} not looked at (it had a limit or a manifest)" if is_limited else ""
     text += f"; {counts['gone']:,} gone"
     findings, warnings = Findings(), list[str]()
     if counts["older"]:

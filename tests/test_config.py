@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import OTHER_VARIABLES, Config, load_config
+from pipeline.config import OTHER_VARIABLES, Config
 from pipeline.errors import ConfigError
+from pipeline.options import load_config
 
 PLACES = ("--input", "s3://shop/photos", "--output", "s3://shop-labels")
 
@@ -367,6 +368,6 @@ def test_what_is_labeled_again_follows_from_the_flags(flags: list[str], expected
 
 
 def test_reading_the_config_imports_neither_torch_nor_ray_nor_a_store() -> None:
-    code = "import sys, pipeline.config; print({'torch', 'ray', 's3fs', 'transformers'} & sys.modules.keys())"
+    code = "import sys, pipeline.options; print({'torch', 'ray', 's3fs', 'transformers'} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

@@ -16,8 +16,8 @@ from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
 from servers import S3Server
 
-from pipeline.config import load_config
 from pipeline.draw import draw_file
+from pipeline.options import load_config
 
 KUBERNETES = ROOT / "infra" / "kubernetes"
 DOCKERFILE = (ROOT / "infra" / "docker" / "Dockerfile").read_text()

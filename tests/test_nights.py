@@ -22,9 +22,9 @@ from cluster import ROOT, Head, wait_until
 from PIL import Image
 
 from pipeline import catalog, listing, storage, store, verify, view
-from pipeline.config import load_config
 from pipeline.draw import draw_file
 from pipeline.errors import SourceError
+from pipeline.options import load_config
 from pipeline.run import label_bucket
 
 NUM_OBJECTS = 5000

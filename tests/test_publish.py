@@ -265,7 +265,7 @@ def test_a_file_of_labels_has_the_labeled_rows_in_order_and_every_column_of_the_
     assert found.schema.remove_metadata().equals(schema.labels(DIM))
     labeled = table.filter(pa.compute.is_null(table.column("failure_kind")))
     shared = [name for name in found.column_names if name in table.column_names]
-    assert len(shared) == 11 + len(schema.STATS)
+    assert len(shared) == 12 + len(schema.STATS)
     for name in shared:
         assert found.column(name).to_pylist() == labeled.column(name).to_pylist(), name
     for each in found.to_pylist():

@@ -149,6 +149,20 @@ def test_pages_join_without_gap_or_repetition(place: Place, monkeypatch: pytest.
     assert [keys(place.store, start_after=name) for name in names] == [names[number:] for number in range(1, 22)]
 
 
+def test_an_object_looked_at_by_itself_is_what_the_listing_says(place: Place) -> None:
+    for key in ("a/b c.jpg", "ä", "empty"):
+        place.write(key, key.encode() if key != "empty" else b"")
+    for info in listed(place.store):
+        alone = place.store.stat(info.key)
+        assert (alone.key, alone.size_bytes, alone.etag) == (info.key, info.size_bytes, info.etag)
+        assert alone.last_modified is not None
+        assert info.last_modified is not None
+        assert alone.last_modified.replace(microsecond=0) == info.last_modified.replace(microsecond=0)
+    for absent in ("a", "nothing"):
+        with pytest.raises(AbsentError, match=absent):
+            place.store.stat(absent)
+
+
 def test_an_absent_object_is_absent(place: Place) -> None:
     place.write("there", b"x")
     with pytest.raises(AbsentError, match="not there"):

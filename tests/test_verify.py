@@ -157,7 +157,7 @@ def test_what_the_catalog_lacks_is_new_or_for_a_limited_run_not_looked_at(copy: 
     copy.set_entry(2, {**entry, "identity": {**entry["identity"], "limit": 60}})
     (listing,) = [each for each in look(copy.root, space_id=space) if each.name == f"listing {space}"]
     assert "+ 0 new since run" in listing.text
-    assert "+ 38 not looked at (it had a limit); 0 gone" in listing.text
+    assert "+ 38 not looked at (it had a limit or a manifest); 0 gone" in listing.text
     assert listing.examples == ()
 
 

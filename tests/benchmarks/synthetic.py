@@ -9,7 +9,7 @@ every LIST page, every range and every file of the catalog has some of each, whi
 import bisect
 import multiprocessing
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ _LAST = "\U0010ffff"
 
 @dataclass(kw_only=True)
 class Bucket:
-    """The objects of one night, as a Store that can only be listed. Memory and time are those of the pages asked for.
+    """The objects of one night, as a Source that can only be listed. Memory and time are those of the pages asked for.
 
     `changed`, `new` and `gone` are numbers out of each PERIOD; `night` is 1 or 2.
     """
@@ -47,6 +47,7 @@ class Bucket:
     new: int = 40
     gone: int = 20
     root: str = f"s3://{BUCKET}/{PREFIX}".rstrip("/")
+    url: str = root
     can_seek: bool = True
     num_requests: int = field(default=0, compare=False)
     """LIST requests that S3 would have answered."""
@@ -131,18 +132,6 @@ class Bucket:
 
     def get(self, key: str, **_: Any) -> bytes:
         """Nothing can be read."""
-        raise NotImplementedError
-
-    def put(self, key: str, data: bytes) -> None:
-        """Nothing can be written."""
-        raise NotImplementedError
-
-    def put_if_absent(self, key: str, data: bytes) -> bytes:
-        """Nothing can be written."""
-        raise NotImplementedError
-
-    def delete(self, keys: Sequence[str]) -> None:
-        """Nothing can be removed."""
         raise NotImplementedError
 
 

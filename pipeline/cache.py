@@ -1,0 +1,44 @@
+"""The folder on each node that keeps what is made there once: downloaded checkpoints, sorted manifests.
+
+A module of its own because several processes of a node want the same thing at the same time, and any of them may be
+killed while it makes it.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+
+from pipeline.errors import ConfigError
+from pipeline.store import describe
+
+VARIABLE = "LABEL_BUCKET_CACHE"
+
+
+def default_dir() -> Path:
+    """The folder in LABEL_BUCKET_CACHE, else label-bucket in the user's cache folder."""
+    configured = os.environ.get(VARIABLE)
+    return Path(configured or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "label-bucket")).expanduser()
+
+
+def once(folder: Path, make: Callable[[Path], None], what: str) -> Path:
+    """`folder`, filled by `make` unless it stands: one process does, the others wait for it; whole or not there.
+
+    Raises ConfigError, with `what` it was for, where the disk does not take it.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock", mode=0o600):
+            if not folder.is_dir():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir()
+                make(partial)
+                partial.rename(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{what}: cannot write to the cache {folder.parent} ({describe(error)}); set {VARIABLE}"
+        ) from error
+    return folder
