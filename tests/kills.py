@@ -101,7 +101,8 @@ def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
     output = Place(f"s3://{source.bucket}/undisturbed", source.client)
     done = head.label_bucket("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     assert done.returncode == 0, done.stderr
-    assert verifier.check(output, source, exit_code=0) == []
+    findings = verifier.check(output, source, exit_code=0)
+    assert findings == [], findings
     return output
 
 

@@ -5,6 +5,7 @@ faults that a test asked for: chosen ones (`Fault`) or a storm of them (`Storm`)
 session's Ray head always talk through the proxy, so one endpoint is valid for a session.
 """
 
+import contextlib
 import http.client
 import math
 import os
@@ -108,7 +109,8 @@ class Storm:
         if operation not in self.kinds or not self.path.search(path) or self._met[place] >= self.max_per_path:
             return None
         self._asked[place] += 1
-        rng = random.Random(f"{self.seed} {operation} {path} {self._asked[place]}")
+        within_bucket = path.removeprefix("/").partition("/")[2]  # buckets have random names
+        rng = random.Random(f"{self.seed} {operation} {within_bucket} {self._asked[place]}")
         if rng.random() >= self.probability[operation]:
             return None
         self._met[place] += 1
@@ -136,6 +138,8 @@ class S3Server:
     storm: Storm | None = None
     last_body: bytes = b""
     """What was answered last."""
+    creating: threading.Lock = field(default_factory=threading.Lock)
+    """Held while an object is created: moto looks and then writes, S3 does both in one step."""
     secret: str = field(default_factory=lambda: f"canary-{secrets.token_hex(16)}")
     """The secret key of the session's Ray head: it must be found nowhere."""
 
@@ -359,6 +363,12 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
             elif kind == "twin":
                 self._forward(body, None)
             connection = http.client.HTTPConnection(upstream, timeout=30)
+            with s3.creating if "If-None-Match" in self.headers else contextlib.nullcontext():
+                return self._exchange(connection, path, body)
+
+        def _exchange(
+            self, connection: http.client.HTTPConnection, path: str, body: bytes
+        ) -> tuple[int, dict[str, str], bytes]:
             try:
                 connection.putrequest(self.command, path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():

@@ -126,6 +126,7 @@ def test_an_actor_whose_node_lacks_the_device_says_so_with_its_first_unit(
         actor(dataset.pack_unit(schema.DECODED.empty_table(), {"unit_id": "u"}))
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
     driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
 ) -> None:

@@ -212,6 +212,7 @@ def asked(requests: list[tuple[str, str]]) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_rights_of_the_job_the_janitor_and_readers_are_those_that_they_use(
     head: Head, s3: S3Server, tmp_path: Path
 ) -> None:

@@ -381,6 +381,7 @@ def test_a_threshold_that_is_no_cosine_is_refused(case: Case, min_cosine: float)
         find_duplicates(Options(index="nowhere", output=str(case.folder), min_cosine=min_cosine))
 
 
+@pytest.mark.slow
 def test_each_version_of_an_index_has_a_folder_of_duplicates_of_one_threshold(case: Case) -> None:
     case.publish(families(3, 4))
     said = case.find()

@@ -138,7 +138,7 @@ def test_an_object_that_a_stale_page_lacks_is_never_recorded_as_deleted(
     place.remember(known, rows_per_file=1000)
     ended: Counter[str] = Counter()
     hits = 0
-    for seed in range(20):
+    for seed in range(30):
         weather.storm = storm = Storm(seed, {"LIST": ["stale_page"]}, {"LIST": 0.15}, max_per_path=1)
         sizes = plan.UnitSizes.of(32, 1)
         rules = Rules(scope=Scope(), limit=None, records_deletions=True)

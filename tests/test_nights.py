@@ -268,6 +268,7 @@ def test_a_catalog_file_that_is_gone_or_damaged_ends_the_night_and_restoring_it_
     assert published.entries(str(output))[1]["counts"]["unchanged"] == 4
 
 
+@pytest.mark.slow
 def test_a_label_file_that_is_gone_stops_the_next_night_before_it_writes(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -388,6 +389,7 @@ def test_a_night_of_other_pictures_is_warned_of_and_an_ordinary_one_is_not(head:
     assert third["drift"] is not None
 
 
+@pytest.mark.slow
 def test_a_space_whose_vectors_moved_is_refused_before_anything_is_labeled(
     head: Head, model: str, tmp_path: Path
 ) -> None:
@@ -434,6 +436,7 @@ def driver(head: Head) -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_a_bucket_of_many_ranges_is_planned_labeled_and_renewed_range_by_range(
     driver: None, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

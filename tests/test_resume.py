@@ -98,6 +98,7 @@ def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     assert [each["unchanged"] for each in counts] == ([0, 300] if was_publishing else [0])
 
 
+@pytest.mark.slow
 def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_own(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_
     assert (second["counts"]["unchanged"], second["counts"]["listed"]) == (100, 120)
 
 
+@pytest.mark.slow
 def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abandoned(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_narrower_night_deletes_nothing_that_exists_and_forgets_nothing_that_i
     ]
 
 
+@pytest.mark.slow
 def test_a_second_night_with_other_weights_than_the_folder_had_is_a_clear_error(
     head: Head, model: str, tmp_path: Path
 ) -> None:

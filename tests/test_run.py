@@ -148,6 +148,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(head: Head, pictur
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_short_form_labels_a_local_folder_with_settings_from_a_file(head: Head, tmp_path: Path) -> None:
     images, output, config = tmp_path / "images", tmp_path / "out", tmp_path / "job.toml"
     command = [sys.executable, "jobs/draw_images.py", "--output", str(images), "--num-images=20", "--seed=1"]

@@ -279,6 +279,7 @@ def test_the_page_shows_the_thumbnails_and_says_why_one_is_missing(gallery: Path
 # --- the whole way ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_s3_an_unseen_picture_finds_its_class_and_nothing_that_went_in_the_second_night(head: Head) -> None:
     client = boto3.client("s3")
     for bucket in ("gallery", "search"):

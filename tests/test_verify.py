@@ -510,6 +510,7 @@ def run(head: Head, *arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_the_command_verifies_an_output_in_a_bucket_and_one_with_a_lost_file(
     head: Head, copy: Copy, bucket: str
 ) -> None:
