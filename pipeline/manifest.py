@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,9 +27,10 @@ _log = logging.getLogger(__name__)
 _MAX_KEY_CHARS = 1024
 """What is kept of a row that names no object; also S3's limit of a key, in bytes."""
 _CODECS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
+_KNOWN = ("uri", "etag", "size_bytes", "storage_class")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _CACHE_KIB = 128 * 1024
-_COLUMNS = "is_bad INTEGER, etag TEXT, size_bytes INTEGER, extra TEXT"
+_COLUMNS = "is_bad INTEGER, etag TEXT, size_bytes INTEGER, storage_class TEXT, extra TEXT"
 
 
 class Row(NamedTuple):
@@ -37,7 +39,8 @@ class Row(NamedTuple):
     uri: str | None
     etag: str | None
     size_bytes: int | None
-    extra: str | None
+    storage_class: str | None = None
+    extra: str | None = None
     """Its other columns, as a JSON object; None where there are none."""
 
 
@@ -46,9 +49,10 @@ class Named(NamedTuple):
 
     key: str
     is_bad: bool
-    etag: str | None
-    size_bytes: int | None
-    extra: str | None
+    etag: str | None = None
+    size_bytes: int | None = None
+    storage_class: str | None = None
+    extra: str | None = None
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def _json_rows(stream: Any, where: str) -> Iterator[Row]:
             has_uri = True
             yield _row(values)
         else:
-            yield Row(f"line {number}: {line.strip()}", None, None, None)
+            yield Row(f"line {number}: {line.strip()}", None, None)
     if not has_uri:
         raise ConfigError(f"--manifest {where}: expected lines such as {{'uri': …}}, found none")
 
@@ -124,6 +128,68 @@ _READERS: Mapping[str, Callable[[Any, str], Iterator[Row]]] = {
 }
 
 
+# --- S3 Inventory -------------------------------------------------------------------------------------------------
+
+INVENTORY = "manifest.json"
+"""The file in which S3 names the files of one inventory.
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-inventory-location.html"""
+
+
+class InventoryFile(NamedTuple):
+    """One file of an inventory."""
+
+    bucket: str
+    key: str
+    md5: str
+
+
+class Inventory(NamedTuple):
+    """What `manifest.json` says: the files, and what is in them."""
+
+    files: list[InventoryFile]
+    is_csv: bool
+    columns: list[str]
+
+
+def parse_inventory(data: bytes, where: str) -> Inventory:
+    """ConfigError unless `data` is the manifest.json of an inventory in CSV or Parquet."""
+    try:
+        said = json.loads(data)
+        bucket = said["destinationBucket"].removeprefix("arn:aws:s3:::")
+        files = [InventoryFile(bucket, each["key"], each["MD5checksum"]) for each in said["files"]]
+        kind, columns = said["fileFormat"].upper(), [name.strip() for name in said["fileSchema"].split(",")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--manifest {where}: expected the manifest.json of an S3 Inventory: {error!r}") from error
+    if kind not in ("CSV", "PARQUET") or (kind == "CSV" and not {"Bucket", "Key"} <= set(columns)):
+        raise ConfigError(f"--manifest {where}: expected CSV or Parquet with Bucket and Key, found {kind} of {columns}")
+    return Inventory(files, kind == "CSV", columns)
+
+
+def read_inventory(inventory: Inventory, data: bytes, root: str, where: str) -> Iterator[Row]:
+    """The current objects below `root` in one file of an inventory, which is of a whole bucket or a part of it."""
+    try:
+        if inventory.is_csv:
+            stream = pa.CompressedInputStream(pa.BufferReader(data), "gzip")
+            reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""))
+            rows: Iterator[dict[str, Any]] = (dict(zip(inventory.columns, row, strict=False)) for row in reader)
+        else:
+            batches = pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=16_384)
+            rows = (row for batch in batches for row in batch.to_pylist())
+        for row in rows:
+            # `e_tag` in Parquet, `ETag` in CSV; there keys are encoded as in URLs, and all values are texts.
+            values = {name.replace("_", "").lower(): value for name, value in row.items()}
+            key = unquote_plus(values["key"]) if inventory.is_csv else values["key"]
+            is_current = str(values.get("islatest", True)).lower() != "false"
+            is_marker = str(values.get("isdeletemarker", False)).lower() == "true"
+            uri = f"s3://{values['bucket']}/{key}"
+            if is_current and not is_marker and uri.startswith(f"{root}/"):
+                size = values.get("size")
+                named = {"uri": uri, "etag": values.get("etag"), "size_bytes": size}
+                yield _row({**named, "storage_class": values.get("storageclass")})
+    except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, KeyError) as error:
+        raise ConfigError(f"--manifest {where}: expected a file of an S3 Inventory: {describe(error)}") from error
+
+
 def _check_columns(names: list[str], where: str) -> None:
     if "uri" not in names:
         raise ConfigError(f"--manifest {where}: expected a column uri, found {names}")
@@ -131,14 +197,16 @@ def _check_columns(names: list[str], where: str) -> None:
 
 def _row(values: Mapping[str, Any]) -> Row:
     uri, etag, size = values.get("uri"), values.get("etag"), values.get("size_bytes")
+    storage_class = values.get("storage_class")
     if isinstance(uri, bytes):
         uri = uri.decode("utf-8", "surrogateescape")
     is_size = (isinstance(size, int) and size >= 0) or (isinstance(size, str) and size.isdecimal())
-    extra = {name: value for name, value in values.items() if name not in ("uri", "etag", "size_bytes")}
+    extra = {name: value for name, value in values.items() if name not in _KNOWN}
     return Row(
         uri=None if uri is None else str(uri),
         etag=_utf8(etag).strip('"') or None if isinstance(etag, str) else None,
         size_bytes=int(size) if is_size and size is not None else None,
+        storage_class=_utf8(storage_class) or None if isinstance(storage_class, str) else None,
         extra=_utf8(json.dumps(extra, ensure_ascii=False, default=str)) if extra else None,
     )
 
@@ -160,9 +228,9 @@ def name_of(row: Row, root: str) -> Named:
             key = uri[len(start) :]
             break
     if _is_key(key, root):
-        return Named(key, False, row.etag, row.size_bytes, row.extra)
+        return Named(key, False, *row[1:])
     shown = _utf8(uri)[:_MAX_KEY_CHARS]
-    return Named(shown.replace("\0", "\\0") or "(no uri)", True, None, None, row.extra)
+    return Named(shown.replace("\0", "\\0") or "(no uri)", True, extra=row.extra)
 
 
 def _is_key(key: str, root: str) -> bool:
@@ -190,7 +258,7 @@ def sort(rows: Iterator[Row], root: str, path: Path, where: str) -> None:
         table.execute(f"CREATE TEMP TABLE named (key TEXT, {_COLUMNS})")
         table.execute(f"CREATE TABLE objects (key TEXT PRIMARY KEY, {_COLUMNS}) WITHOUT ROWID")
         table.execute("BEGIN")
-        table.executemany("INSERT INTO named VALUES (?, ?, ?, ?, ?)", (name_of(row, root) for row in rows))
+        table.executemany("INSERT INTO named VALUES (?, ?, ?, ?, ?, ?)", (name_of(row, root) for row in rows))
         table.execute("INSERT OR IGNORE INTO objects SELECT * FROM named ORDER BY key, rowid")
         table.execute("COMMIT")
         ((num_rows,),) = table.execute("SELECT count(*) FROM named")

@@ -4,14 +4,15 @@ A module of its own because what it lists is what somebody wrote down, not what 
 say an object's etag and size, storage is asked, one request each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import cache, manifest, schema, store
 from pipeline.errors import AbsentError, ConfigError, ForbiddenError
-from pipeline.manifest import Named
+from pipeline.manifest import Named, Row
 from pipeline.store import ObjectInfo, Store
+from pipeline.store_s3 import S3Store
 
 SCHEME = "manifest"
 _TABLE = "objects.sqlite"
@@ -50,7 +51,7 @@ class ManifestStore:
         if named.is_bad:
             return ObjectInfo(named.key, 0, None, None, store.BAD_URI, extra=named.extra)
         if named.etag is not None and named.size_bytes is not None:
-            return ObjectInfo(named.key, named.size_bytes, named.etag, None, extra=named.extra)
+            return ObjectInfo(named.key, named.size_bytes, named.etag, None, named.storage_class, extra=named.extra)
         try:
             return self._objects.stat(named.key)._replace(extra=named.extra)
         except (AbsentError, ForbiddenError):
@@ -62,15 +63,8 @@ class ManifestStore:
             where = f"{self._files.root}/{self._name}"
             infos = self._manifest_files(where)
             content = schema.digest([where, self.root, [[info.key, info.etag, info.size_bytes] for info in infos]])
-            rows = (
-                row
-                for info in infos
-                for row in manifest.read(
-                    info.key,
-                    self._files.get(info.key, listed=info, deadline_s=_READ_DEADLINE_S),
-                    f"{self._files.root}/{info.key}",
-                )
-            )
+            is_inventory = self._name.endswith(manifest.INVENTORY)
+            rows = self._inventory_rows(infos[0], where) if is_inventory else self._rows(infos)
             folder = cache.once(
                 cache.default_dir() / "manifests" / content[:24],
                 lambda folder: manifest.sort(rows, self.root, folder / _TABLE, where),
@@ -79,8 +73,22 @@ class ManifestStore:
             self._path = folder / _TABLE
         return self._path
 
+    def _rows(self, infos: Sequence[ObjectInfo]) -> Iterator[Row]:
+        for info in infos:
+            data = self._files.get(info.key, listed=info, deadline_s=_READ_DEADLINE_S)
+            yield from manifest.read(info.key, data, f"{self._files.root}/{info.key}")
+
+    def _inventory_rows(self, info: ObjectInfo, where: str) -> Iterator[Row]:
+        inventory = manifest.parse_inventory(self._files.get(info.key, listed=info), where)
+        for file in inventory.files:
+            bucket = S3Store(f"s3://{file.bucket}")
+            data = bucket.get(file.key, deadline_s=_READ_DEADLINE_S)
+            where = f"{bucket.root}/{file.key}"
+            store.check_md5(data, file.md5, where)
+            yield from manifest.read_inventory(inventory, data, self.root, where)
+
     def _manifest_files(self, where: str) -> list[ObjectInfo]:
-        if manifest.is_manifest(self._name):
+        if manifest.is_manifest(self._name) or self._name.endswith(manifest.INVENTORY):
             try:
                 return [self._files.stat(self._name)]
             except AbsentError as error:
@@ -90,6 +98,7 @@ class ManifestStore:
         if not found:
             raise ConfigError(
                 f"--manifest {where}: expected a .parquet, .csv, .jsonl or .ndjson file (the last three also .gz, .bz2,"
-                f" .zst or .lz4) or a folder of such files, found {[info.key for info in listed[:3]] or 'nothing'}"
+                " .zst or .lz4), the manifest.json of an S3 Inventory, or a folder of such files, found"
+                f" {[info.key for info in listed[:3]] or 'nothing'}"
             )
         return found

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import io
 import json
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote_plus
 
 import boto3
 import checkpoints
@@ -23,7 +25,7 @@ from servers import Fault, S3Server
 
 from pipeline import catalog, listing, manifest, storage
 from pipeline.draw import draw_file
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnstableError
 from pipeline.listing import Scope
 from pipeline.manifest import Row
 from pipeline.store import ABSENT, BAD_URI, ObjectInfo
@@ -155,7 +157,7 @@ BAD_URIS = [
 
 @pytest.mark.parametrize("uri", [*BAD_URIS, None])
 def test_a_uri_that_names_no_object_below_the_input_is_kept_and_marked(uri: str | None) -> None:
-    found = manifest.name_of(Row(uri, "etag", 3, None), "s3://photos/in")
+    found = manifest.name_of(Row(uri, "etag", 3), "s3://photos/in")
     assert found.is_bad
     assert 0 < len(found.key.encode()) <= 1024
     assert (found.etag, found.size_bytes) == (None, None)
@@ -174,14 +176,14 @@ def test_a_uri_that_names_no_object_below_the_input_is_kept_and_marked(uri: str 
     ],
 )
 def test_a_uri_below_the_input_and_a_path_relative_to_it_name_an_object(uri: str, root: str, key: str) -> None:
-    assert manifest.name_of(Row(uri, None, None, None), root)[:2] == (key, False)
+    assert manifest.name_of(Row(uri, None, None), root)[:2] == (key, False)
 
 
 @pytest.mark.parametrize(
     "uri", ["../a.jpg", "a/../../b.jpg", "/data/in/../a.jpg", "./a.jpg", "a//b.jpg", "/data/a.jpg"]
 )
 def test_a_path_never_leads_out_of_a_local_input(uri: str) -> None:
-    assert manifest.name_of(Row(uri, None, None, None), "file:///data/in").is_bad
+    assert manifest.name_of(Row(uri, None, None), "file:///data/in").is_bad
 
 
 # --- the source ---------------------------------------------------------------------------------------------------
@@ -263,6 +265,54 @@ def test_a_manifest_that_names_nothing_is_one_clear_line(tmp_path: Path, name: s
     (tmp_path / "empty.csv").write_text("uri\n")
     with pytest.raises(ConfigError, match=message):
         listed("s3://photos/in", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("is_csv", [True, False], ids=["csv", "parquet"])
+def test_an_s3_inventory_names_the_current_objects_below_the_input(s3: S3Server, bucket: str, is_csv: bool) -> None:
+    name = bucket[5:]
+    objects: list[dict[str, Any]] = [
+        {"key": "in/ä b+c.jpg", "size": 7, "e_tag": "e1", "storage_class": "STANDARD"},
+        {"key": "in/deep.jpg", "size": 8, "e_tag": "e2", "storage_class": "GLACIER"},
+        {"key": "in/ä b+c.jpg", "size": 5, "e_tag": "e0", "is_latest": False},
+        {"key": "in/gone.jpg", "size": None, "e_tag": None, "is_delete_marker": True},
+        {"key": "other/a.jpg", "size": 7, "e_tag": "e3", "storage_class": "STANDARD"},
+    ]
+    flags = {"is_latest": True, "is_delete_marker": False, "storage_class": ""}
+    rows = [{"bucket": name, **flags, **each} for each in objects]
+    names = ["bucket", "key", "is_latest", "is_delete_marker", "size", "e_tag", "storage_class"]
+    if is_csv:
+        texts = [[{None: "", True: "true", False: "false"}.get(row[each], row[each]) for each in names] for row in rows]
+        for text in texts:
+            text[1] = quote_plus(text[1], safe="/")
+        lines = "".join(",".join(f'"{value}"' for value in text) + "\n" for text in texts)
+        data, columns = gzip.compress(lines.encode()), "Bucket, Key, IsLatest, IsDeleteMarker, Size, ETag, StorageClass"
+    else:
+        data, columns = parquet(rows), "message s3.inventory { ... }"
+    said = {
+        "sourceBucket": name,
+        "destinationBucket": f"arn:aws:s3:::{name}",
+        "fileFormat": "CSV" if is_csv else "Parquet",
+        "fileSchema": columns,
+        "files": [{"key": "lists/data/1", "size": len(data), "MD5checksum": hashlib.md5(data).hexdigest()}],
+    }
+    files = {"lists/2026-11-26T01-00Z/manifest.json": json.dumps(said).encode(), "lists/data/1": data}
+    servers.put_quickly(s3, name, files)
+    found = listed(f"{bucket}/in", f"{bucket}/lists/2026-11-26T01-00Z/manifest.json")
+    assert [(info.key, info.size_bytes, info.etag, info.is_archived) for info in found] == [
+        ("deep.jpg", 8, "e2", True),
+        ("ä b+c.jpg", 7, "e1", False),
+    ]
+    assert not any(method == "HEAD" and path.startswith(f"/{name}/in/") for method, path in s3.requests)
+    s3.client.put_object(Bucket=name, Key="lists/data/1", Body=data[:-1])
+    with pytest.raises(UnstableError, match="MD5"):
+        listed(f"{bucket}/in/deep", f"{bucket}/lists/2026-11-26T01-00Z/manifest.json")
+
+
+@pytest.mark.parametrize("data", [b"{}", b"no json", b'{"destinationBucket": 1}'])
+def test_a_manifest_json_of_something_else_is_one_clear_line(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"expected the manifest\.json of an S3 Inventory"):
+        listed("s3://photos/in", str(tmp_path / "manifest.json"))
 
 
 # --- a run --------------------------------------------------------------------------------------------------------

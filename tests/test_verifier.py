@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storm(s3: S3Server) -> Iterator[Storm]:
-    s3.storm = Storm(3, KINDS, {"GET": 0.2, "PUT": 0.5}, re.compile("/control/"))
+    s3.storm = Storm(3, KINDS, {"GET": 0.35, "PUT": 0.5}, re.compile("/control/"))
     yield s3.storm
     s3.storm = None
 
