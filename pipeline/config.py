@@ -29,7 +29,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from pipeline import storage
 from pipeline.checkpoint import Pooling, PreprocessMode
+from pipeline.members import SUFFIX
 
 ENV_PREFIX = "LABEL_BUCKET_"
 
@@ -45,6 +47,12 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "", suffix: str 
     """What to add to an error about an unknown name: the known one that is nearest, if one is near."""
     close = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {prefix}{close[0]}{suffix}?" if close else ""
+
+
+def _input_location(value: str) -> str:
+    """As `_location`, also of the containers below one: webdataset+s3://bucket/shards."""
+    kind, plus, inner = value.partition("+")
+    return f"{kind}+{storage.normalize(_location(inner))}" if plus and kind in SUFFIX else _location(value)
 
 
 def _location(value: str) -> str:
@@ -84,7 +92,10 @@ def _location(value: str) -> str:
 
 def _comparable(location: str) -> str:
     """`location` in a form that is equal for two names of one place: s3:// and s3a://, a link and its target."""
-    protocol, separator, path = location.partition("://")
+    kind, plus, inner = location.partition("+")
+    protocol, separator, path = (inner if plus and kind in SUFFIX else location).partition("://")
+    if protocol == "file":
+        location, separator = path, ""
     if not separator:
         # Path.resolve raises on a loop of links.
         return os.path.realpath(location).rstrip("/")
@@ -113,6 +124,7 @@ def _globs(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Location = Annotated[str, AfterValidator(_location)]
+InputLocation = Annotated[str, AfterValidator(_input_location)]
 Globs = Annotated[tuple[str, ...], AfterValidator(_globs)]
 
 
@@ -134,8 +146,9 @@ class Config(BaseSettings):
         cli_parse_none_str="unset",
     )
 
-    input: Location
-    """Folder or URL whose images are labeled, with everything below it."""
+    input: InputLocation
+    """Folder or URL whose images are labeled, with everything below it. webdataset+URL: the images in its .tar shards;
+    parquet+URL: those in the rows of its Parquet files."""
     output: Location
     """Folder or URL that receives labels/, failures/ and the log; not below --input."""
     include: Globs = ()

@@ -287,7 +287,7 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
     (row,) = work.to_pylist()
     started_s = time.perf_counter()
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
-    source = storage.connect(task.input_url)
+    source = storage.connect_input(task.input_url)
     table, decode_s = prepare_unit(source, objects, task.recipe, deadline_s=task.object_deadline_s)
     prepare_s = time.perf_counter() - started_s
     facts = {

@@ -33,7 +33,9 @@ _KINDS: tuple[tuple[type[SourceError], FailureKind], ...] = (
     (UnavailableError, FailureKind.UNAVAILABLE),
     (SourceError, FailureKind.FORBIDDEN),
 )
-_NOT_ASKED_FOR = frozenset({FailureKind.BAD_URI, FailureKind.ARCHIVED, FailureKind.EMPTY, FailureKind.TOO_LARGE})
+_NOT_ASKED_FOR = frozenset(
+    {FailureKind.BAD_URI, FailureKind.CORRUPT, FailureKind.ARCHIVED, FailureKind.EMPTY, FailureKind.TOO_LARGE}
+)
 
 
 def fetch(
@@ -92,19 +94,28 @@ def _fetch_one(store: Source, info: ObjectInfo, max_image_bytes: int, deadline_s
             FailureKind.BAD_URI,
             f"expected a uri below {store.root}, or a path relative to it, found {info.key[:200]!r} in the manifest",
         )
+    if info.is_unreadable:
+        return _failure(FailureKind.CORRUPT, "expected a tar shard or a Parquet file with a column of images")
     if info.is_archived:
         return _failure(FailureKind.ARCHIVED, f"storage class {info.storage_class}: restore the object to label it")
-    if info.size_bytes == 0 and not info.is_absent:
-        return _failure(FailureKind.EMPTY, "the object has no bytes")
-    if info.size_bytes > max_image_bytes:
-        return _failure(FailureKind.TOO_LARGE, f"{info.size_bytes} bytes, the limit is {max_image_bytes}")
+    if not info.is_absent and (problem := _size_problem(info.size_bytes, max_image_bytes)):
+        return problem
     try:
         if info.is_absent:  # which of the reasons it was
             store.get(info.key, deadline_s=deadline_s)
             return _failure(FailureKind.CHANGED, "it was not there when the run was planned")
-        return store.get(info.key, listed=info, deadline_s=deadline_s)
+        data = store.get(info.key, listed=info, deadline_s=deadline_s)
+        return _size_problem(len(data), max_image_bytes) or data  # a row of a Parquet file is listed with a mean
     except SourceError as error:
         return _failure(next(kind for each, kind in _KINDS if isinstance(error, each)), str(error))
+
+
+def _size_problem(size_bytes: int, max_image_bytes: int) -> ImageError | None:
+    if size_bytes == 0:
+        return _failure(FailureKind.EMPTY, "the object has no bytes")
+    if size_bytes > max_image_bytes:
+        return _failure(FailureKind.TOO_LARGE, f"{size_bytes} bytes, the limit is {max_image_bytes}")
+    return None
 
 
 def _failure(kind: FailureKind, message: str) -> ImageError:

@@ -16,6 +16,7 @@ from fsspec.utils import glob_translate
 
 from pipeline import store as stores
 from pipeline.storage import ObjectInfo, Source
+from pipeline.store_container import ContainerStore
 from pipeline.store_manifest import ManifestStore
 
 SMALL_SOURCE_PAGES = 20
@@ -106,7 +107,7 @@ def borders(store: Source) -> list[str]:
     a page is grouped by the next character, level by level, until all are small or MAX_PROBES requests are used up.
     A source that cannot be listed from the middle is not cut.
     """
-    if isinstance(store, ManifestStore):  # it is sorted already
+    if isinstance(store, ManifestStore | ContainerStore):  # which need not be probed, or should not
         return store.borders(MIN_RANGE_OBJECTS)
     if not store.can_seek or len(list(islice(store.list_pages(), SMALL_SOURCE_PAGES))) < SMALL_SOURCE_PAGES:
         return []

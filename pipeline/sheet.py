@@ -75,7 +75,7 @@ def thumbnails(input_url: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[
     found: list[tuple[bytes | None, str]] = []
     why = ""
     try:
-        store = storage.connect(input_url)
+        store = storage.connect_input(input_url)
         objects = [ObjectInfo(row["uri"][len(input_url) + 1 :], row["size_bytes"], row["etag"], None) for row in rows]
         max_bytes = decode.DEFAULT_LIMITS.max_bytes
         fetched = fetch.fetch(store, objects, max_image_bytes=max_bytes, deadline_s=_FETCH_DEADLINE_S)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import fsspec
 
+from pipeline import members
 from pipeline.errors import AbsentError, ConfigError
 from pipeline.store import MAX_PUT_BYTES, ObjectInfo, Source, Store, describe
+from pipeline.store_container import ContainerStore
 from pipeline.store_fsspec import FsspecStore
 from pipeline.store_local import LocalStore
 from pipeline.store_manifest import SCHEME, ManifestStore
@@ -51,6 +53,11 @@ def connect_input(url: str, manifest_url: str | None = None) -> Source:
     """
     if url.startswith(f"{SCHEME}::"):
         _, manifest_url, url = url.split("::")
+    kind, plus, inner = url.partition("+")
+    if plus and kind in members.SUFFIX:
+        if manifest_url is not None:
+            raise ConfigError(f"--manifest: expected an input of loose objects, found {url}")
+        return ContainerStore(kind, connect(inner))
     if manifest_url is None:
         return connect(url)
     folder, _, name = normalize(manifest_url).rpartition("/")

@@ -34,6 +34,8 @@ ABSENT = "label-bucket: absent"
 """The storage class of what a manifest names and storage does not have, or not for this identity."""
 BAD_URI = "label-bucket: bad uri"
 """The storage class of what a manifest says that can be no object below the input."""
+UNREADABLE = "label-bucket: unreadable"
+"""The storage class of what stands for all images of a container that is none."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 _T = TypeVar("_T")
@@ -60,6 +62,11 @@ class ObjectInfo(NamedTuple):
     def is_absent(self) -> bool:
         """Whether a manifest named it and storage did not show it."""
         return self.storage_class == ABSENT
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether it stands for a container whose images cannot be told."""
+        return self.storage_class == UNREADABLE
 
     @property
     def is_archived(self) -> bool:
@@ -92,6 +99,10 @@ class Store(Source, Protocol):
         """What a listing would say of one object. AbsentError if there is none."""
         ...
 
+    def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = DEADLINE_S) -> bytes:
+        """Bytes `begin` up to `end` of an object, both inside it, only if it still is the one that was listed."""
+        ...
+
     def put(self, key: str, data: bytes) -> None:
         """Write or overwrite an object, atomically for readers."""
         ...
@@ -119,6 +130,12 @@ def check_size(data: bytes, listed: ObjectInfo, what: str) -> None:
     """UnstableError unless as many bytes arrived as are listed. No client notices by itself."""
     if len(data) != listed.size_bytes:
         raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+
+
+def check_range(data: bytes, begin: int, end: int, what: str) -> None:
+    """UnstableError unless as many bytes arrived as were asked for."""
+    if len(data) != end - begin:
+        raise UnstableError(f"{what}: {len(data)} bytes arrived, {end - begin} were asked for")
 
 
 def check_md5(data: bytes, etag: str, what: str) -> None:

@@ -103,6 +103,18 @@ class FsspecStore:
 
         return reread_unstable(attempt, what, deadline_s)
 
+    def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = store.DEADLINE_S) -> bytes:
+        """See Store. Another version of the object is not noticed here: its members do not decode, or it ends early."""
+        what, path = f"get {self.root}/{listed.key} from byte {begin:,}", f"{self._path}/{listed.key}"
+
+        def attempt() -> bytes:
+            data = self._guard(what, self._filesystem.cat_file, path, start=begin, end=end)
+            assert isinstance(data, bytes)
+            store.check_range(data, begin, end, what)
+            return data
+
+        return reread_unstable(attempt, what, deadline_s) if end > begin else b""
+
     def put(self, key: str, data: bytes) -> None:
         """See Store. Whether readers may see a part of it depends on the filesystem."""
         self._write(key, data, "overwrite")

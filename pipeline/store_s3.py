@@ -206,6 +206,24 @@ class S3Store:
 
         return reread_unstable(attempt, what, deadline_s, num_reads)
 
+    def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = store.DEADLINE_S) -> bytes:
+        """See Store. One GET with a range, and If-Match."""
+        what = f"get {self.root}/{listed.key} from byte {begin:,}"
+        condition = {"IfMatch": f'"{listed.etag}"'} if listed.etag else {}
+        wanted = f"bytes={begin}-{end - 1}"
+
+        def attempt() -> bytes:
+            try:
+                data, _ = self._call(
+                    what, deadline_s, _get_object, Key=self._prefix + listed.key, Range=wanted, **condition
+                )
+            except _PreconditionError as error:
+                raise ChangedError(f"{what}: it is no longer the object that was listed") from error
+            store.check_range(data, begin, end, what)
+            return data  # type: ignore[no-any-return]
+
+        return reread_unstable(attempt, what, deadline_s) if end > begin else b""
+
     def put(self, key: str, data: bytes) -> None:
         """See Store."""
         what = f"put {self.root}/{key}"

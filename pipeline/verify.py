@@ -372,7 +372,7 @@ def _listing_check(
     name = f"listing {entry.space_id}"
     if not audit.lists_source:
         return Check(name=name, status="skipped", text="the source was not listed (--no-listing)")
-    source = storage.connect(entry.identity["input"])
+    source = storage.connect_input(entry.identity["input"])
     is_limited = _looked_at_some(entry)
     began = log.read_claim(output, entry.run_seq).created_at
     counts: Counter[str] = Counter()

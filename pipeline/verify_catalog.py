@@ -282,7 +282,7 @@ def count_listing(
     `not_looked_at` beyond a run's limit, `filtered`, and of the catalog `gone` and `out_of_scope`. Raises UnstableError
     if the listing is not in order.
     """
-    source, output = storage.connect(input_url), storage.connect(output_url)
+    source, output = storage.connect_input(input_url), storage.connect(output_url)
     listed = (
         diff.Listed(info, is_in_scope)
         for page in scope.pages(source, key_range.after, key_range.through)

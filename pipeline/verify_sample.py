@@ -16,14 +16,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import canary, catalog, log, run_model, schema, storage
-from pipeline.decode import DecodeLimits
+from pipeline.decode import DEFAULT_LIMITS, DecodeLimits
 from pipeline.errors import TRANSIENT, ConfigError, ConflictError, SourceError
 from pipeline.label import Labeler
 from pipeline.log import Claim, FileRef
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
 from pipeline.run_model import Settings
-from pipeline.storage import Store
+from pipeline.storage import Source, Store
 from pipeline.verify_catalog import Candidate
 from pipeline.verify_files import Findings
 
@@ -63,7 +63,7 @@ def compare(
     On CPU wherever they were labeled, in the precision of their run: a few rows are not worth waiting for a GPU, and
     what is allowed covers the difference.
     """
-    output, source = storage.connect(output_url), storage.connect(input_url)
+    output, source = storage.connect(output_url), storage.connect_input(input_url)
     found = SampleFindings()
     labelers: dict[Settings, Labeler] = {}
     waiting = sorted(candidates)
@@ -122,10 +122,10 @@ def _labeler(output: Store, claim: Claim) -> Labeler:
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
-def _compare_rows(source: Store, settings: Settings, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
+def _compare_rows(source: Source, settings: Settings, labeler: Labeler, table: pa.Table, found: SampleFindings) -> None:
     """Fetch, decode, preprocess and label the rows' objects, and compare what comes out with the rows."""
     limits = DecodeLimits(
-        max_bytes=max(table.column("size_bytes").to_pylist()),
+        max_bytes=max([DEFAULT_LIMITS.max_bytes, *table.column("size_bytes").to_pylist()]),
         max_pixels=max(
             width * height
             for width, height in zip(
