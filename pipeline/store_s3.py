@@ -172,18 +172,38 @@ class S3Store:
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store. One GET, with If-Match where the etag is known: then through the cheaper client."""
+        if listed is None:
+            return self._get(key, None, deadline_s)
+        return self._cheaply(key, listed, deadline_s, functools.partial(self._get, key, listed))
+
+    def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = store.DEADLINE_S) -> bytes:
+        """See Store. As `get`, with a range."""
+        if end <= begin:
+            return b""
+        ask = functools.partial(self._get_range, listed, begin, end)
+        return self._cheaply(listed.key, listed, deadline_s, ask, (begin, end))
+
+    def _cheaply(
+        self,
+        key: str,
+        listed: ObjectInfo,
+        deadline_s: float,
+        ask: Callable[..., bytes],
+        byte_range: tuple[int, int] | None = None,
+    ) -> bytes:
+        """One GET through the cheaper client, and if that does not bring it whole, `ask`, which types every error."""
         path = self._prefix + key
-        if listed is None or listed.etag is None or not store_s3_get.can_read(self._bucket, path):
-            return self._get(key, listed, deadline_s)
+        if listed.etag is None or not store_s3_get.can_read(self._bucket, path):
+            return ask(deadline_s)
         started_s = time.monotonic()
-        data = store_s3_get.read(_s3(), self._bucket, path, listed, deadline_s)
+        data = store_s3_get.read(_s3(), self._bucket, path, listed, deadline_s, byte_range)
         if data is None:
             wait_s = store.repeats.take(deadline_s - (time.monotonic() - started_s))
             if math.isinf(wait_s):
                 raise store.unavailable(f"get {self.root}/{key}", deadline_s, "too many requests had no answer")
             time.sleep(wait_s)
             left_s = deadline_s - (time.monotonic() - started_s)
-            data = self._get(key, listed, left_s, num_reads=store.NUM_READS - 1)
+            data = ask(left_s, num_reads=store.NUM_READS - 1)
             store_s3_get.lost(self._bucket)
         return data
 
@@ -206,23 +226,22 @@ class S3Store:
 
         return reread_unstable(attempt, what, deadline_s, num_reads)
 
-    def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = store.DEADLINE_S) -> bytes:
-        """See Store. One GET with a range, and If-Match."""
+    def _get_range(
+        self, listed: ObjectInfo, begin: int, end: int, deadline_s: float, num_reads: int = store.NUM_READS
+    ) -> bytes:
         what = f"get {self.root}/{listed.key} from byte {begin:,}"
         condition = {"IfMatch": f'"{listed.etag}"'} if listed.etag else {}
-        wanted = f"bytes={begin}-{end - 1}"
+        wanted = {"Key": self._prefix + listed.key, "Range": f"bytes={begin}-{end - 1}", **condition}
 
         def attempt() -> bytes:
             try:
-                data, _ = self._call(
-                    what, deadline_s, _get_object, Key=self._prefix + listed.key, Range=wanted, **condition
-                )
+                data, _ = self._call(what, deadline_s, _get_object, **wanted)
             except _PreconditionError as error:
                 raise ChangedError(f"{what}: it is no longer the object that was listed") from error
             store.check_range(data, begin, end, what)
             return data  # type: ignore[no-any-return]
 
-        return reread_unstable(attempt, what, deadline_s) if end > begin else b""
+        return reread_unstable(attempt, what, deadline_s, num_reads)
 
     def put(self, key: str, data: bytes) -> None:
         """See Store."""

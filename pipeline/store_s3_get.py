@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import fsspec.asyn
 
 from pipeline.errors import SourceError, UnstableError
-from pipeline.store import ObjectInfo, check_md5, check_size, repeats
+from pipeline.store import ObjectInfo, check_md5, check_range, check_size, repeats
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -40,8 +40,16 @@ def can_read(bucket: str, key: str) -> bool:
     return _num_lost[bucket] < _MAX_LOST and key.isprintable() and not {"", ".", ".."} & set(key.split("/"))
 
 
-def read(client: Any, bucket: str, key: str, listed: ObjectInfo, deadline_s: float) -> bytes | None:
-    """The bytes of the object that is listed with an etag, by one GET; None for anything else, whatever it was.
+def read(
+    client: Any,
+    bucket: str,
+    key: str,
+    listed: ObjectInfo,
+    deadline_s: float,
+    byte_range: tuple[int, int] | None = None,
+) -> bytes | None:
+    """The bytes of the object that is listed with an etag, or a range of them (begin, end), by one GET; None for
+    anything else, whatever it was.
 
     `client` is the s3fs filesystem whose endpoint, region and credentials are used.
     """
@@ -51,10 +59,15 @@ def read(client: Any, bucket: str, key: str, listed: ObjectInfo, deadline_s: flo
     assert listed.etag is not None
     timeout_s = min(_READ_TIMEOUT_S, deadline_s / 2)  # what comes after it needs time, too
     try:
-        found = obstore.get(_connect(client, bucket, timeout_s), key, options={"if_match": f'"{listed.etag}"'})
-        data = bytes(found.bytes())
-        check_size(data, listed, key)
-        check_md5(data, listed.etag, key)
+        condition: obstore.GetOptions = {"if_match": f'"{listed.etag}"'}
+        if byte_range is not None:
+            condition["range"] = byte_range
+        data = bytes(obstore.get(_connect(client, bucket, timeout_s), key, options=condition).bytes())
+        if byte_range is not None:
+            check_range(data, *byte_range, key)
+        else:
+            check_size(data, listed, key)
+            check_md5(data, listed.etag, key)
     except (obstore.exceptions.BaseError, OSError, UnstableError) as error:
         if isinstance(error, (UnstableError, *_answers())):
             repeats.earn()

@@ -163,6 +163,20 @@ def test_an_object_looked_at_by_itself_is_what_the_listing_says(place: Place) ->
             place.store.stat(absent)
 
 
+def test_a_range_of_an_object_is_read_and_another_version_of_it_is_not(output: Place) -> None:
+    output.write("a/b", bytes(range(200)))
+    (info,) = listed(output.store)
+    assert output.store.get_range(info, 0, 200) == bytes(range(200))
+    assert output.store.get_range(info, 7, 9) == b"\x07\x08"
+    assert output.store.get_range(info, 9, 9) == b""
+    with pytest.raises(UnstableError, match="1 bytes arrived, 2 were asked for"):
+        output.store.get_range(info, 199, 201)
+    time.sleep(0.01)
+    output.write("a/b", bytes(200))
+    with pytest.raises(ChangedError):
+        output.store.get_range(info, 7, 9)
+
+
 def test_an_absent_object_is_absent(place: Place) -> None:
     place.write("there", b"x")
     with pytest.raises(AbsentError, match="not there"):
