@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,9 +59,10 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
 
     Raises:
         ConfigError: an unknown flag, variable or key, a missing or wrong value, an unreadable file; one line.
-        SystemExit: with code 0, after --help.
+        SystemExit: with code 0, after --help and --print-config.
     """
     flags = _read_flags(argv)
+    is_only_shown = flags.pop("print_config", False)
     variables = _read_environment(os.environ if environ is None else environ)
     path = flags.get("config", variables.get("config"))
     keys = {} if path is None else _read_file(Path(path))
@@ -70,10 +72,30 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str] | None = None) -
         **{name: _flag(name) for name in flags},
     }
     try:
-        return Config.model_validate({**keys, **variables, **flags})
+        config = Config.model_validate({**keys, **variables, **flags})
     except ValidationError as error:
         problems = [_explain(problem, origins) for problem in error.errors(include_url=False)]
         raise ConfigError("; ".join(problems)) from None
+    if is_only_shown:
+        print(_as_toml(config, origins), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _as_toml(config: Config, origins: Mapping[str, str]) -> str:
+    """A file for --config that asks for the same run: every option with its meaning and where its value comes from."""
+    values, lines = config.model_dump(mode="json"), list[str]()
+    for title, names in _GROUPS.items():
+        lines.append(f"# --- {title} ---\n")
+        for name in (each for each in names if each != "config"):
+            meaning = " ".join((Config.model_fields[name].description or "").split())
+            lines += textwrap.wrap(meaning, 118, initial_indent="# ", subsequent_indent="# ")
+            # JSON's texts, numbers, booleans and lists of texts are TOML's.
+            value = json.dumps(values[name], ensure_ascii=False)
+            is_set = values[name] not in (None, [])
+            lines.append(f"{name} = {value}  # {origins.get(name, 'default')}" if is_set else f"# {name}: unset")
+            lines.append("")
+    return "\n".join(lines)
 
 
 def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
@@ -151,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     # This source writes the flags; argparse reads them, because the source's own reader takes [ab].jpg for a JSON
     # list and a,b.jpg for two globs.
     CliSettingsSource(Config, root_parser=parser, add_argument_method=add_flag)
+    groups["config"][0].add_argument(
+        "--print-config", action="store_true", help="show every option with its value and where it is from, and end"
+    )
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -323,6 +324,27 @@ def test_places_are_stored_in_one_spelling(tmp_path: Path, monkeypatch: pytest.M
     config = load_config(["--input", "x/../current/", "--output", "s3://shop//labels/"], {})
     assert config.input == str(tmp_path / "current")
     assert config.output == "s3://shop//labels"
+
+
+def test_the_printed_config_is_a_file_that_asks_for_the_same_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*PLACES, "--include", "*.jpg", "--include", "ä/**", "--run-date=2026-11-26", "--max-failed-fraction=0.5"]
+    with pytest.raises(SystemExit) as ended:
+        load_config([*flags, "--print-config"], {"LABEL_BUCKET_IMAGE_STATS": "true"})
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "same.toml").write_text(printed)
+    same = load_config(["--config", str(tmp_path / "same.toml")], {})
+    wanted = load_config(flags, {"LABEL_BUCKET_IMAGE_STATS": "true"})
+    assert same.model_copy(update={"config": None}) == wanted
+    for name in Config.model_fields.keys() - {"config"}:
+        assert re.search(rf"^(# )?{name}(:| =)", printed, re.MULTILINE), name
+    assert 'run_date = "2026-11-26"  # --run-date' in printed
+    assert "image_stats = true  # LABEL_BUCKET_IMAGE_STATS" in printed
+    assert "top_k = 5  # default" in printed
+    with pytest.raises(ConfigError, match="--input is missing"):
+        load_config(["--print-config"], {})
 
 
 def test_help_is_grouped_and_names_every_flag_variable_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

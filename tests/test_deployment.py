@@ -126,6 +126,21 @@ def test_the_command_and_the_config_map_are_ones_that_the_job_takes(tmp_path: Pa
     assert (config.input, config.output, config.image_stats) == ("s3://shop/photos", "s3://shop-labels", True)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "infra" / "config").glob("*.toml")), ids=lambda path: path.stem)
+def test_an_example_config_is_one_that_the_job_takes_and_says_why_every_value_is_what_it_is(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    places = {"input": "s3://a", "output": "s3://b"}
+    given = tomllib.loads(path.read_text())
+    flags = [word for name, url in places.items() if name not in given for word in (f"--{name}", url)]
+    config = load_config(["--config", str(path), *flags], {})
+    for name, value in given.items():
+        assert config.model_dump(mode="json")[name] == value
+        (number,) = [number for number, line in enumerate(lines) if line.startswith(f"{name} = ")]
+        said = "# " in lines[number] or lines[number - 1].startswith("# ")
+        assert said or name in ("input", "output"), f"{path.name}: nothing is said of {name}"
+
+
 # --- virtual machines, one machine --------------------------------------------------------------------------------
 
 
