@@ -270,11 +270,8 @@ def _label(
             crash_point("part-committed")
     finally:
         progress.close()
-        report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
-        report.images_per_s = round(progress.images_per_s, 2)
-        bottleneck = progress.bottleneck()
-        report.bottleneck = asdict(bottleneck)
-        _log.info("%s", bottleneck.advice)
+        report.add_progress(progress)
+        _log.info("%s", progress.bottleneck().advice)
 
 
 def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:
