@@ -167,16 +167,16 @@ def test_gauges_stay_while_nothing_moves(driver: Head) -> None:
     resources = Resources(device="cpu", num_actors=2, cluster_cpus=2, cluster_gpus=0)
     since_s: list[float] = []
 
-    def is_there_for_half_a_minute() -> bool:
+    def outlives_what_ray_remembers() -> bool:
         remaining = scrape(driver, output)[0].get("ray_label_bucket_images_remaining", [])
         assert bool(remaining) >= bool(since_s), "it went away"
         if remaining:
             assert [each.value for each in remaining] == [300]
             since_s.append(time.monotonic())
-        return bool(since_s) and since_s[-1] - since_s[0] > 30
+        return bool(since_s) and since_s[-1] - since_s[0] > 22  # two exports: what was set once is gone by then
 
     with showing(output, "run", "space", resources, progress):
-        wait_until(is_there_for_half_a_minute)
+        wait_until(outlives_what_ray_remembers)
 
 
 def test_counters_end_in_total_and_every_name_says_its_unit() -> None:
