@@ -372,7 +372,7 @@ def _commit(task: Task, packed: pa.Table) -> pa.Table:
 
 
 def _seconds_since(time_s: float) -> float:
-    # By the clocks of two machines, maybe, which are as good as milliseconds for a queue, and never below zero.
+    # Maybe by the clocks of two machines: off by milliseconds, which is little for a queue, but may be below zero.
     return max(0.0, time.time() - time_s)
 
 
