@@ -11,6 +11,7 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from pipeline.errors import ConfigError, LabelBucketError
 from pipeline.label import Device, Labeler
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
+from pipeline.store import repeats
 
 _log = logging.getLogger(__name__)
 
@@ -119,10 +121,20 @@ class UnitSummary(NamedTuple):
     num_rows: int
     failures: dict[str, int]
     fetched_bytes: int
+    """Encoded bytes of the objects that arrived."""
+    part_bytes: int
+    retries: dict[str, int]
+    """Requests to storage that were asked again while it was prepared and committed, by cause, see `store`."""
     prepare_s: float
     decode_s: float
+    """Of `prepare_s`: decoding and preprocessing; the rest is waiting for bytes."""
     label_s: float
     label_wait_s: float
+    """Its actor was idle before it."""
+    label_queue_s: float
+    """It was ready, and no actor had taken it."""
+    commit_queue_s: float
+    commit_s: float
 
 
 def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | None) -> Resources:
@@ -228,7 +240,7 @@ def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Itera
     """One wave in a process that ends with it, because the engine keeps memory of every task of a process for life."""
     with engine.errors():
         for row in build(task, resources, work).iter_rows():
-            yield UnitSummary(**{**row, "failures": json.loads(row["failures"])})
+            yield UnitSummary(**{**row, **{name: json.loads(row[name]) for name in ("failures", "retries")}})
 
 
 def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
@@ -285,7 +297,7 @@ def prepare_and_label(
 
 def _prepare(task: Task, work: pa.Table) -> pa.Table:
     (row,) = work.to_pylist()
-    started_s = time.perf_counter()
+    started_s, repeated = time.perf_counter(), repeats.counted()
     objects = plan.read_unit(storage.connect(task.output_url), row["chunk_key"], row["unit_id"])
     source = storage.connect_input(task.input_url)
     table, decode_s = prepare_unit(source, objects, task.recipe, deadline_s=task.object_deadline_s)
@@ -296,6 +308,8 @@ def _prepare(task: Task, work: pa.Table) -> pa.Table:
         "fetched_bytes": _fetched_bytes(table),
         "prepare_s": prepare_s,
         "decode_s": decode_s,
+        "retries": json.dumps(repeats.counted() - repeated),
+        "prepared_at_s": time.time(),
     }
     return pack_unit(table, facts)
 
@@ -326,18 +340,40 @@ class _Label:
             raise self._labeler
         started_s = time.perf_counter()
         table, facts = unpack_unit(packed)
+        queue_s = _seconds_since(facts.pop("prepared_at_s"))
         labeled = self._labeler(table)
         ended_s = time.perf_counter()
-        timings = {"label_wait_s": started_s - self._idle_since_s, "label_s": ended_s - started_s}
+        timings = {
+            "label_wait_s": started_s - self._idle_since_s,
+            "label_s": ended_s - started_s,
+            "label_queue_s": queue_s,
+            "labeled_at_s": time.time(),
+        }
         self._idle_since_s = ended_s
         return pack_unit(labeled, facts | timings)
 
 
 def _commit(task: Task, packed: pa.Table) -> pa.Table:
+    started_s, repeated = time.perf_counter(), repeats.counted()
     table, facts = unpack_unit(packed)
+    queue_s = _seconds_since(facts.pop("labeled_at_s"))
     output = storage.connect(task.output_url)
     part = parts.write_part(output, task.run_id, facts["range_id"], facts["unit_id"], table)
-    return pa.Table.from_pylist([{**facts, "num_rows": part.num_rows, "failures": json.dumps(part.failures)}])
+    retries = Counter(json.loads(facts["retries"])) + (repeats.counted() - repeated)
+    became = {
+        "num_rows": part.num_rows,
+        "failures": json.dumps(part.failures),
+        "part_bytes": part.size_bytes,
+        "retries": json.dumps(retries),
+        "commit_queue_s": queue_s,
+        "commit_s": time.perf_counter() - started_s,
+    }
+    return pa.Table.from_pylist([facts | became])
+
+
+def _seconds_since(time_s: float) -> float:
+    # Maybe by the clocks of two machines: off by milliseconds, which is little for a queue, but may be below zero.
+    return max(0.0, time.time() - time_s)
 
 
 def pack_unit(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:

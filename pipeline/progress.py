@@ -34,6 +34,7 @@ _ADVICE = {
     "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
     "storage": "storage is the limit: more CPU nodes read more at once; look at region, endpoint and network",
 }
+_STAGE_S = ("prepare_s", "decode_s", "label_s", "label_wait_s", "label_queue_s", "commit_queue_s", "commit_s")
 MAX_REPORTS_READ = 20
 """How many runs back a night to compare with is looked for: small nights, and those whose driver died, have none."""
 
@@ -102,8 +103,11 @@ class Progress:
     ) -> None:
         self.num_images = num_images
         self.num_done = 0
+        self.num_parts = 0
         self.fetched_bytes = 0
+        self.part_bytes = 0
         self.failures: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
         self.stage_s: Counter[str] = Counter()
         self._num_skipped = 0
         self._max_prepares = max_prepares
@@ -124,9 +128,12 @@ class Progress:
     def add(self, unit: UnitSummary) -> None:
         """Count one committed unit, and show the state if it is time to."""
         self.num_done += unit.num_rows
+        self.num_parts += 1
         self.fetched_bytes += unit.fetched_bytes
+        self.part_bytes += unit.part_bytes
         self.failures.update(unit.failures)
-        for name in ("prepare_s", "decode_s", "label_s", "label_wait_s"):
+        self.retries.update(unit.retries)
+        for name in _STAGE_S:
             self.stage_s[name] += getattr(unit, name)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._failures_text()}, {self.bottleneck().text()}", refresh=False)
@@ -145,12 +152,16 @@ class Progress:
         """Images of this attempt per second since it began to label."""
         return (self.num_done - self._num_skipped) / self._elapsed_s
 
+    @property
+    def eta_s(self) -> float:
+        """Seconds to the end at the rate of this attempt; 0 before the first unit."""
+        return (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0.0
+
     def line(self) -> str:
         """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
-        left_s = (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0
         return (
             f"{self.num_done:,}/{self.num_images:,} images, {self.images_per_s:,.0f} images/s, {self._failures_text()},"
-            f" ETA {clock_text(left_s)}, {self.bottleneck().text()}"
+            f" ETA {clock_text(self.eta_s)}, {self.bottleneck().text()}"
         )
 
     def bottleneck(self) -> "Bottleneck":
@@ -189,7 +200,16 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     stage_s: dict[str, float] = field(default_factory=dict)
-    """Seconds summed over workers in this attempt: prepare (of it decode), label, and label waiting for input."""
+    """Seconds summed over workers in this attempt: prepare (of it decode), label, label waiting for input, commit; and
+    summed over units: waiting for label, waiting for commit."""
+    num_parts: int = 0
+    """Units that this attempt committed."""
+    fetched_bytes: int = 0
+    """Encoded bytes that arrived for them."""
+    part_bytes: int = 0
+    """Bytes of their parts."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """Requests to storage that were asked again for them, by cause, see `store.RepeatCause`."""
     images_per_s: float = 0.0
     """While labeling, in this attempt."""
     bottleneck: dict[str, Any] | None = None
@@ -204,6 +224,14 @@ class Report:
     """What the output's store does and does not, see `capability.Capabilities`."""
     started_at: str = ""
     ended_at: str = ""
+
+    def add_progress(self, progress: Progress) -> None:
+        """Put what this attempt did into this report."""
+        self.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
+        self.num_parts, self.fetched_bytes = progress.num_parts, progress.fetched_bytes
+        self.part_bytes, self.retries = progress.part_bytes, dict(progress.retries)
+        self.images_per_s = round(progress.images_per_s, 2)
+        self.bottleneck = asdict(progress.bottleneck())
 
     def add_profile(self, output: Store, tonight: Profile, earlier_run_ids: Iterable[str]) -> list[str]:
         """Put `profile` and `drift` into this report; the lines to warn with, none in an ordinary night.
@@ -228,7 +256,9 @@ class Report:
         """The report of a run, or None if it has none that can be read: the log says what counts."""
         try:
             values = json.loads(storage.get_or_none(output, f"_runs/{run_id}/report.json") or b"null")
-            return None if values is None else cls(**{each.name: values[each.name] for each in fields(cls)})
+            # Those of an earlier version lack what was added since.
+            known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+            return cls(**known) if "run_id" in known else None
         except (ValueError, KeyError, TypeError):
             return None
 

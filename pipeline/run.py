@@ -28,6 +28,7 @@ from pipeline import (
     publish,
     snapshot,
     storage,
+    telemetry,
 )
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
@@ -264,17 +265,17 @@ def _label(
     task = replace(task, canaries=reference)
     if request.base is not None:  # otherwise it was checked before the claim
         dataset.check_model(task, resources.device)
+    output_url = request.output.root
     try:
-        for unit in dataset.label_units(task, resources, itertools.chain([first], work)):
-            progress.add(unit)
-            crash_point("part-committed")
+        with telemetry.showing(output_url, claim.run_id, request.space_id, resources, progress):
+            for unit in dataset.label_units(task, resources, itertools.chain([first], work)):
+                progress.add(unit)
+                telemetry.count_unit(output_url, unit)
+                crash_point("part-committed")
     finally:
         progress.close()
-        report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
-        report.images_per_s = round(progress.images_per_s, 2)
-        bottleneck = progress.bottleneck()
-        report.bottleneck = asdict(bottleneck)
-        _log.info("%s", bottleneck.advice)
+        report.add_progress(progress)
+        _log.info("%s", progress.bottleneck().advice)
 
 
 def _unfinished(output: Store, sealed: Plan, progress: Progress) -> Iterator[dataset.Work]:
@@ -310,6 +311,7 @@ def _finish_what_is_open(output: Store, state: State, start_engine: Callable[[],
         _log.warning("finishing run %s, which was interrupted while it published", claim.run_id)
         with engine.errors():
             published = publish.finish(output, claim, state.newest(claim.identity["space_id"]), _now())
+        telemetry.count_run(output.root, 0)
         _log.info("published run %s: %s", claim.run_id, _counts_text(published.entry))
         _settle_report(output, published, state)
         state = log.read(output)
@@ -404,6 +406,7 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
     finally:
         report.exit_code = 1 if report.exit_code is None else report.exit_code
         report.ended_at = _now()
+        telemetry.count_run(output.root, report.exit_code)
         failure = sys.exception()
         try:
             report.write(output)

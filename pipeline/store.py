@@ -11,9 +11,10 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import tenacity
 
@@ -38,6 +39,10 @@ UNREADABLE = "label-bucket: unreadable"
 """The storage class of what stands for all images of a container that is none."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
+RepeatCause = Literal["throttled", "server", "timeout", "connection", "unstable", "other"]
+"""Why a request is asked again: 429 or 503, another status from 500 on, no answer in time, no whole answer at all,
+bytes that do not match the listing, anything else."""
+REPEAT_CAUSES: tuple[RepeatCause, ...] = get_args(RepeatCause)
 _T = TypeVar("_T")
 
 
@@ -151,9 +156,22 @@ def check_md5(data: bytes, etag: str, what: str) -> None:
 class AgainError(Exception):
     """This attempt failed in a way that the next one may not."""
 
+    def __init__(self, message: str, because: RepeatCause) -> None:
+        super().__init__(message)
+        self.because = because
+
+
+def cause_of_status(status: int) -> RepeatCause:
+    """Why a request with this HTTP status is asked again; 0 stands for none."""
+    if status in (429, 503):
+        return "throttled"
+    if status == 408:
+        return "timeout"
+    return "connection" if not status else "server" if status >= 500 else "other"
+
 
 class Repeats:
-    """How many requests of this process may be asked again, and when.
+    """How many requests of this process may be asked again, and when; and how many were.
 
     Backoff alone does not bound the rate: sixteen threads that each wait up to 5 s still ask a store that is down 16 to
     23 times a second. An answer earns one repetition; without answers there are MAX_REPEATS_PER_S.
@@ -163,6 +181,18 @@ class Repeats:
         self._lock = threading.Lock()
         self._left = _MAX_SAVED_REPEATS
         self._counted_at_s = time.monotonic()
+        self._num_by_cause: Counter[RepeatCause] = Counter()
+
+    def count(self, because: RepeatCause) -> None:
+        """A request is asked again."""
+        with self._lock:
+            self._num_by_cause[because] += 1
+
+    def counted(self) -> Counter[RepeatCause]:
+        """Requests of this process that were asked again since it began, by cause. Of two of these, the difference is
+        what happened in between."""
+        with self._lock:
+            return self._num_by_cause.copy()
 
     def earn(self) -> None:
         """An answer came."""
@@ -193,10 +223,16 @@ def until_deadline(attempt: Callable[[], _T], what: str, deadline_s: float) -> _
         jitter_s = _jitter(state)
         return max(jitter_s, repeats.take(deadline_s - (state.seconds_since_start or 0) - jitter_s))
 
+    def count(state: tenacity.RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        assert isinstance(error, AgainError)
+        repeats.count(error.because)
+
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(AgainError),
         stop=tenacity.stop_before_delay(deadline_s),
         wait=wait_s,
+        before_sleep=count,
     )
     try:
         answer = retrying(attempt)
@@ -220,4 +256,5 @@ def reread_unstable(attempt: Callable[[], bytes], what: str, deadline_s: float, 
         except UnstableError:
             if not reads_left:
                 raise
+            repeats.count("unstable")
     raise AssertionError("unreachable")

@@ -154,7 +154,9 @@ def _translate(error: Exception, what: str) -> Exception:
         return AbsentError(f"{what}: not found")
     if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
         return ForbiddenError(f"{what}: permission denied; check the identity's policy and the URL")
-    return AgainError(describe(error))
+    if status is None and isinstance(error, TimeoutError):
+        return AgainError(describe(error), "timeout")
+    return AgainError(describe(error), store.cause_of_status(status or 0))
 
 
 def _status(error: BaseException | None) -> int | None:

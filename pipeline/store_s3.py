@@ -22,8 +22,10 @@ import fsspec.asyn
 
 from pipeline import store, store_s3_get
 from pipeline.errors import AbsentError, ChangedError, ForbiddenError, SourceError
-from pipeline.store import AgainError, ObjectInfo, describe, reread_unstable, until_deadline
+from pipeline.store import AgainError, ObjectInfo, RepeatCause, describe, reread_unstable, until_deadline
 
+_CAUSES: dict[str, RepeatCause] = {"RequestTimeout": "timeout", "SlowDown": "throttled"}
+"""Of codes whose status does not say it."""
 _s3_lock = threading.Lock()
 
 
@@ -88,7 +90,8 @@ def _translate(error: BaseException, what: str) -> Exception:
             error, botocore.exceptions.ProfileNotFound | botocore.exceptions.ParamValidationError | ValueError
         ):
             return SourceError(f"{what}: {describe(error)}")
-        return AgainError(describe(error))  # connection errors, timeouts, cut-off bodies
+        is_timeout = isinstance(error, botocore.exceptions.ConnectTimeoutError | botocore.exceptions.ReadTimeoutError)
+        return AgainError(describe(error), "timeout" if is_timeout else "connection")  # that, or a cut-off body
     status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     code = str(cause.response.get("Error", {}).get("Code", ""))
     if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
@@ -98,7 +101,7 @@ def _translate(error: BaseException, what: str) -> Exception:
     if status in (401, 403):
         return ForbiddenError(f"{what}: access denied ({code or status}); check the identity's policy and the URL")
     if status in (0, 408, 409, 425, 429) or status >= 500 or code in ("RequestTimeout", "ExpiredToken", "SlowDown"):
-        return AgainError(f"{status} {code}")
+        return AgainError(f"{status} {code}", _CAUSES.get(code) or store.cause_of_status(status))
     return SourceError(f"{what}: refused ({status} {code}): {describe(cause)}")
 
 
@@ -126,7 +129,7 @@ class S3Store:
         except SourceError:
             raise
         except TimeoutError as error:
-            raise AgainError("no complete answer in time") from error
+            raise AgainError("no complete answer in time", "timeout") from error
         except Exception as error:
             raise _translate(error, what) from error
 
@@ -197,10 +200,12 @@ class S3Store:
             return ask(deadline_s)
         started_s = time.monotonic()
         data = store_s3_get.read(_s3(), self._bucket, path, listed, deadline_s, byte_range)
-        if data is None:
+        if isinstance(data, str):
+            because = data
             wait_s = store.repeats.take(deadline_s - (time.monotonic() - started_s))
             if math.isinf(wait_s):
                 raise store.unavailable(f"get {self.root}/{key}", deadline_s, "too many requests had no answer")
+            store.repeats.count(because)
             time.sleep(wait_s)
             left_s = deadline_s - (time.monotonic() - started_s)
             data = ask(left_s, num_reads=store.NUM_READS - 1)
@@ -276,7 +281,8 @@ class S3Store:
                 try:
                     return self.get(key, deadline_s=store.DEADLINE_S)
                 except AbsentError:
-                    raise AgainError(f"{error}, and the object is absent") from error
+                    because: RepeatCause = error.because if isinstance(error, AgainError) else "other"
+                    raise AgainError(f"{error}, and the object is absent", because) from error
             return data
 
         return until_deadline(attempt, what, _upload_deadline_s(data))
@@ -295,7 +301,7 @@ class S3Store:
             found = f"{refused.get('Code')}: {refused.get('Message')}"
             if refused.get("Code") == "AccessDenied":
                 raise ForbiddenError(f"{what}: access denied for {refused.get('Key')}; removing needs s3:DeleteObject")
-            raise AgainError(found)
+            raise AgainError(found, "throttled" if refused.get("Code") == "SlowDown" else "server")
 
 
 def _upload_deadline_s(data: bytes) -> float:

@@ -9,6 +9,7 @@ are the first one's, so that both always talk to the same store.
 import contextlib
 import functools
 import ipaddress
+import re
 import socket
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit
 import fsspec.asyn
 
 from pipeline.errors import SourceError, UnstableError
-from pipeline.store import ObjectInfo, check_md5, check_range, check_size, repeats
+from pipeline.store import ObjectInfo, RepeatCause, cause_of_status, check_md5, check_range, check_size, repeats
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -32,6 +33,7 @@ _READ_TIMEOUT_S = 15.0
 _CREDENTIALS_TTL = timedelta(minutes=10)
 """After which the first client is asked again; it renews its own more than ten minutes before they expire."""
 _INSTANCE_METADATA = ipaddress.ip_network("fd00:ec2::/64")  # the IPv6 addresses of AWS's own link-local services
+_STATUS = re.compile(r"status code: (\d{3})")
 _num_lost: Counter[str] = Counter()
 
 
@@ -47,9 +49,9 @@ def read(
     listed: ObjectInfo,
     deadline_s: float,
     byte_range: tuple[int, int] | None = None,
-) -> bytes | None:
-    """The bytes of the object that is listed with an etag, or a range of them (begin, end), by one GET; None for
-    anything else, whatever it was.
+) -> bytes | RepeatCause:
+    """The bytes of the object that is listed with an etag, or a range of them (begin, end), by one GET; for anything
+    else, why it has to be asked again.
 
     `client` is the s3fs filesystem whose endpoint, region and credentials are used.
     """
@@ -71,10 +73,21 @@ def read(
     except (obstore.exceptions.BaseError, OSError, UnstableError) as error:
         if isinstance(error, (UnstableError, *_answers())):
             repeats.earn()
-        return None
+        return _cause(error)
     _num_lost.pop(bucket, None)
     repeats.earn()
     return data
+
+
+def _cause(error: Exception) -> RepeatCause:
+    """Read from the message, which is all that obstore gives: only a count depends on it."""
+    if isinstance(error, UnstableError):
+        return "unstable"
+    if isinstance(error, _answers()):
+        return "other"
+    if found := _STATUS.search(str(error)):
+        return cause_of_status(int(found[1]))
+    return "timeout" if "kind: Timeout" in str(error) else "connection"
 
 
 @functools.cache

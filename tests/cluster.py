@@ -45,6 +45,8 @@ class Head:
 
     address: str
     dashboard_url: str
+    metrics_url: str
+    """What Prometheus scrapes of the head's own node."""
     environment: dict[str, str]
     session: int
     """That of every process it started."""
@@ -159,7 +161,7 @@ class Head:
 @contextmanager
 def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterator[Head]:
     """Start a head whose workers get `environment`, token included, and end it with everything it started."""
-    gcs_port, dashboard_port, client_port, agent_port = _free_ports(4)
+    gcs_port, dashboard_port, client_port, agent_port, metrics_port = _free_ports(5)
     full = {
         **environment,
         # A job's `python` is the first one on the head's PATH.
@@ -173,6 +175,7 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
         *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", "--dashboard-host=127.0.0.1"),
         *(f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"),
         *(f"--dashboard-agent-listen-port={agent_port}", "--object-store-memory=1000000000"),
+        f"--metrics-export-port={metrics_port}",
     ]
     head = subprocess.Popen(
         command, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -180,7 +183,13 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
     try:
         url = f"http://127.0.0.1:{dashboard_port}"
         _wait_until_answering(head, f"{url}/api/jobs/", environment["RAY_AUTH_TOKEN"])
-        yield Head(address=f"127.0.0.1:{gcs_port}", dashboard_url=url, environment=full, session=head.pid)
+        yield Head(
+            address=f"127.0.0.1:{gcs_port}",
+            dashboard_url=url,
+            metrics_url=f"http://127.0.0.1:{metrics_port}/metrics",
+            environment=full,
+            session=head.pid,
+        )
     finally:
         # Its session holds every process that it started; there is nothing in it to keep.
         os.killpg(head.pid, signal.SIGKILL)

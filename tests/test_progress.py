@@ -1,14 +1,18 @@
 """What the operator sees while images are labeled."""
 
 import io
+import json
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import storage
 from pipeline.dataset import Resources, UnitSummary
 from pipeline.meter import LOG_INTERVAL_S
-from pipeline.progress import Bottleneck, Progress
+from pipeline.progress import Bottleneck, Progress, Report
 
 
 def unit(**changes: Any) -> UnitSummary:
@@ -18,10 +22,15 @@ def unit(**changes: Any) -> UnitSummary:
         "num_rows": 100,
         "failures": {"truncated": 2},
         "fetched_bytes": 10_000_000,
+        "part_bytes": 200_000,
+        "retries": {"throttled": 3},
         "prepare_s": 1.0,
         "decode_s": 0.8,
         "label_s": 0.5,
         "label_wait_s": 0.5,
+        "label_queue_s": 0.25,
+        "commit_queue_s": 0.0,
+        "commit_s": 0.1,
     }
     return UnitSummary(**{**values, **changes})
 
@@ -78,6 +87,28 @@ def test_a_log_gets_a_line_per_interval_and_one_at_the_end(caplog: pytest.LogCap
         f"1,000/1,000 images, {rate:.0f} images/s, 8 failed (8 truncated), ETA 0:00:00, limit: starting (model waits"
         f" 50%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s)"
     )
+
+
+def test_a_report_has_what_was_counted_and_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    progress = Progress(200, 2, stream=io.StringIO(), clock_s=Clock())
+    for _ in range(2):
+        progress.add(unit())
+    output, report = storage.connect_output(str(tmp_path)), Report(run_id="run")
+    report.add_progress(progress)
+    report.write(output)
+    assert Report.read(output, "run") == report
+    assert (report.num_parts, report.fetched_bytes, report.part_bytes) == (2, 20_000_000, 400_000)
+    assert report.retries == {"throttled": 6}
+    assert report.stage_s["commit_s"] == 0.2
+    assert report.stage_s["label_queue_s"] == 0.5
+    values = json.loads(output.get("_runs/run/report.json"))
+    for name in ("num_parts", "fetched_bytes", "part_bytes", "retries"):
+        del values[name]
+    output.put("_runs/run/report.json", json.dumps(values).encode())
+    assert Report.read(output, "run") == replace(report, num_parts=0, fetched_bytes=0, part_bytes=0, retries={})
+    for damaged in (b"{}", b"null", b"[]", b"7", b"{"):
+        output.put("_runs/run/report.json", damaged)
+        assert Report.read(output, "run") is None
 
 
 def test_slots_for_preparing_are_those_that_the_actors_leave() -> None:

@@ -100,6 +100,48 @@ def test_a_read_that_fails_once_is_repeated(s3: S3Server, bucket: str, faults: l
     assert s3.num_requests("GET", f"{bucket[5:]}/key") == 2
 
 
+@pytest.mark.parametrize("is_listed", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (503, "throttled"),
+        (429, "throttled"),
+        ("slow_down_html", "throttled"),
+        (500, "server"),
+        ("cut", "connection"),  # aiohttp repeats by itself what a reset of a kept connection took away
+        ("flip", "unstable"),
+        ("expired_token", "other"),
+    ],
+)
+def test_a_repeated_read_is_counted_by_its_cause(
+    s3: S3Server, bucket: str, faults: list[Fault], kind: Any, cause: str, is_listed: bool
+) -> None:
+    _put(s3, bucket, "key", b"the right bytes")
+    (info,) = listed(storage.connect(bucket))
+    faults.append(Fault(kind, "GET", "/key"))
+    before = store.repeats.counted()
+    storage.connect(bucket).get("key", listed=info if is_listed else None)
+    assert store.repeats.counted() - before == {cause: 1}
+
+
+def test_what_does_not_answer_in_time_is_counted_as_that(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    _put(s3, bucket, "key", b"the right bytes")
+    (info,) = listed(storage.connect(bucket))
+    faults.append(Fault("hang", "GET", "/key", 2))
+    before = store.repeats.counted()
+    for each in (info, None):  # through either client
+        storage.connect(bucket).get("key", listed=each, deadline_s=1)
+    assert store.repeats.counted() - before == {"timeout": 2}
+
+
+def test_a_request_that_is_given_up_is_not_counted(bucket: str, faults: list[Fault]) -> None:
+    faults.append(Fault.always(403, "GET", "/locked"))
+    before = store.repeats.counted()
+    with pytest.raises(ForbiddenError):
+        storage.connect(bucket).get("locked")
+    assert store.repeats.counted() == before
+
+
 @pytest.mark.parametrize("kind", ["cut", "short", "flip", "swapped"])
 def test_our_own_files_are_checked_without_a_listing_too(bucket: str, faults: list[Fault], kind: Any) -> None:
     storage.connect(bucket).put_if_absent("part", b"the right bytes")
