@@ -272,6 +272,7 @@ def _label(
         progress.close()
         report.stage_s = {name: round(seconds, 3) for name, seconds in progress.stage_s.items()}
         report.images_per_s = round(progress.images_per_s, 2)
+        report.points = progress.points()
         bottleneck = progress.bottleneck()
         report.bottleneck = asdict(bottleneck)
         _log.info("%s", bottleneck.advice)
