@@ -39,7 +39,7 @@ show "What has no label, and why:" \
 
 cat <<END
 
-The table is below quickstart/labels/labels, embeddings included; the run's report: quickstart/labels/_runs/*/report.json
+The table is below quickstart/labels/labels, embeddings included; the run's report, for a browser: quickstart/labels/_runs/*/report.html
 A published checkpoint on your own photos (downloads 90 MB from the Hugging Face hub):
 $ $python jobs/label_bucket.py --input FOLDER --output my-labels --model facebook/deit-small-distilled-patch16-224
 quickstart: done in $SECONDS s after installation

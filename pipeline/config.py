@@ -207,6 +207,8 @@ class Config(BaseSettings):
     """Share of all images in scope that may fail, 0 to 1; above it nothing is published, and a larger one continues."""
     stall_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Where nothing moves for so long, what is left is begun anew; if nothing at all was done, the run ends."""
+    price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What the whole cluster costs, in dollars: the report then says what a million images do. Unset: it does not."""
     dry_run: bool = False
     """Stop after the plan: say what would be done and write no labels."""
     abandon_run: bool = False

@@ -31,6 +31,8 @@ MAX_CONFIDENCE_CHANGE = 0.05
 MAX_CENTROID_DISTANCE = 0.02
 """1 - cosine of the mean vectors, as much as twenty canaries may be off together. The same pictures: 0.10 by chance, as
 their vectors point everywhere, 0.60 if they are turned, 0.53 if they are blurred."""
+NUM_CONFIDENCE_BINS = 20
+"""Equal ones of the first label's score, the last with 1 in it."""
 MAX_NORM_ERROR = 1e-3
 """From length 1, of each vector: the model's own criterion of a vector that means something."""
 NUM_MOVED_LABELS = 5
@@ -49,6 +51,8 @@ class Profile:
     """Images by the name of their first label."""
     confidence_sum: float = 0.0
     """Of the first label's softmax probability."""
+    confidence_counts: list[int] = field(default_factory=lambda: [0] * NUM_CONFIDENCE_BINS)
+    """Images by that score, in bins of 0.05; zeros in a report that is older than this field."""
     embedding_sum: list[float] = field(default_factory=list)
     """Of the vectors as published, so the centroid is not of length 1; empty without embeddings."""
     norm_sum: float = 0.0
@@ -84,6 +88,8 @@ def profile_of(table: pa.Table) -> Profile:
     if not len(table):
         return Profile()
     names = pc.list_element(table.column("label_names"), 0).value_counts().to_pylist()
+    scores = pc.list_element(table.column("label_scores"), 0).cast(pa.float64())
+    bins_N = np.minimum(scores.to_numpy() * NUM_CONFIDENCE_BINS, NUM_CONFIDENCE_BINS - 1).astype(np.int64)
     norms = Profile()
     if "embedding" in table.column_names:
         for chunk in table.column("embedding").chunks:  # one row group at a time: no second copy of the column
@@ -91,7 +97,8 @@ def profile_of(table: pa.Table) -> Profile:
     return Profile(
         num_images=len(table),
         label_counts={each["values"]: each["counts"] for each in names},
-        confidence_sum=float(pc.sum(pc.list_element(table.column("label_scores"), 0).cast(pa.float64())).as_py()),
+        confidence_sum=float(pc.sum(scores).as_py()),
+        confidence_counts=np.bincount(bins_N, minlength=NUM_CONFIDENCE_BINS).tolist(),
         embedding_sum=norms.embedding_sum,
         norm_sum=norms.norm_sum,
         norm_min=norms.norm_min,
@@ -127,6 +134,7 @@ def merge(left: Profile, right: Profile) -> Profile:
         num_images=left.num_images + right.num_images,
         label_counts=dict(Counter(left.label_counts) + Counter(right.label_counts)),
         confidence_sum=left.confidence_sum + right.confidence_sum,
+        confidence_counts=[a + b for a, b in zip(left.confidence_counts, right.confidence_counts, strict=True)],
         embedding_sum=[a + b for a, b in zip(left.embedding_sum, right.embedding_sum, strict=True)],
         norm_sum=left.norm_sum + right.norm_sum,
         norm_min=min(norms, default=None),

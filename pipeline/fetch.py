@@ -5,7 +5,7 @@ of failure here, and an outage (no object of a unit can be had) is the one thing
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.errors import (
@@ -40,7 +40,7 @@ _NOT_ASKED_FOR = frozenset(
 
 def fetch(
     store: Source, objects: Sequence[ObjectInfo], *, max_image_bytes: int, deadline_s: float
-) -> Iterator[bytes | ImageError]:
+) -> Generator[bytes | ImageError, None, None]:
     """The bytes of each object in order, or its failure; at most CONCURRENCY requests and 256 MiB ahead of the reader.
 
     Raises what is no property of the objects: UnavailableError in an outage (storage answered for none of CONCURRENCY

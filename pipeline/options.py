@@ -41,6 +41,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
     "the run": {
         "max_failed_fraction": "SHARE",
         "stall_timeout_s": "SECONDS",
+        "price_per_hour": "DOLLARS",
         "dry_run": None,
         "abandon_run": None,
         "single_writer": None,

@@ -11,8 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from itertools import islice
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 from tqdm import tqdm
 
@@ -35,6 +36,8 @@ _ADVICE = {
     "storage": "storage is the limit: more CPU nodes read more at once; look at region, endpoint and network",
 }
 _STAGE_S = ("prepare_s", "decode_s", "label_s", "label_wait_s", "label_queue_s", "commit_queue_s", "commit_s")
+MAX_POINTS = 200
+"""Of the series that says how many images were done when: 5 kB in the report of any run."""
 MAX_REPORTS_READ = 20
 """How many runs back a night to compare with is looked for: small nights, and those whose driver died, have none."""
 
@@ -113,6 +116,9 @@ class Progress:
         self._max_prepares = max_prepares
         self._clock_s = clock_s
         self._started_s = self._next_line_s = clock_s()
+        self._points: list[tuple[float, int]] = []
+        self._num_units = 0
+        self._units_per_point = 1
         self._bar: Any = None
         if stream.isatty():
             self._bar = tqdm(total=num_images, unit="img", file=stream, dynamic_ncols=True)
@@ -135,12 +141,27 @@ class Progress:
         self.retries.update(unit.retries)
         for name in _STAGE_S:
             self.stage_s[name] += getattr(unit, name)
+        self._remember_point()
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._failures_text()}, {self.bottleneck().text()}", refresh=False)
             self._bar.update(unit.num_rows)
         elif self._clock_s() >= self._next_line_s or self.num_done == self.num_images:
             self._next_line_s = self._clock_s() + LOG_INTERVAL_S
             _log.info("%s", self.line())
+
+    def _remember_point(self) -> None:
+        self._num_units += 1
+        if self._num_units % self._units_per_point == 0:
+            self._points.append((self._elapsed_s, self.num_done))
+        if len(self._points) == MAX_POINTS - 2:  # room for where it began and where it is
+            self._points = self._points[1::2]
+            self._units_per_point *= 2
+
+    def points(self) -> list[tuple[float, int]]:
+        """Seconds since this attempt began to label, and images done by then; at most MAX_POINTS, evenly by units."""
+        begin, now = (0.0, self._num_skipped), (self._elapsed_s, self.num_done)
+        kept = self._points if self._points[-1:] != [now] else self._points[:-1]
+        return [(round(seconds, 2), number) for seconds, number in (begin, *kept, now)]
 
     def close(self) -> None:
         """Leave the terminal with the bar's last state."""
@@ -179,6 +200,17 @@ class Progress:
         return f"{self.failures.total():,} failed ({kinds})"
 
 
+class Cost(NamedTuple):
+    """Dollars."""
+
+    price_per_hour: float
+    """Of the whole cluster, as the run was told."""
+    labeling_per_million: float
+    """A million images at the pace of this attempt while it labeled."""
+    whole_per_million: float
+    """The same with planning, starting and publishing."""
+
+
 @dataclass(kw_only=True)
 class Report:
     """One run as a whole: `_runs/<run_id>/report.json`."""
@@ -212,6 +244,8 @@ class Report:
     """Requests to storage that were asked again for them, by cause, see `store.RepeatCause`."""
     images_per_s: float = 0.0
     """While labeling, in this attempt."""
+    points: list[tuple[float, int]] = field(default_factory=list)
+    """How it went on, see `Progress.points`; empty where nothing was labeled."""
     bottleneck: dict[str, Any] | None = None
     """What limited it, see `Bottleneck`; None where nothing was labeled."""
     published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -231,6 +265,7 @@ class Report:
         self.num_parts, self.fetched_bytes = progress.num_parts, progress.fetched_bytes
         self.part_bytes, self.retries = progress.part_bytes, dict(progress.retries)
         self.images_per_s = round(progress.images_per_s, 2)
+        self.points = progress.points()
         self.bottleneck = asdict(progress.bottleneck())
 
     def add_profile(self, output: Store, tonight: Profile, earlier_run_ids: Iterable[str]) -> list[str]:
@@ -246,6 +281,20 @@ class Report:
         self.drift = found.to_json()
         return found.warnings()
 
+    def cost(self) -> Cost | None:
+        """What a million images of this attempt cost; None without a price or without labeled images."""
+        price = self.config.get("price_per_hour")
+        num_images = self.points[-1][1] - self.points[0][1] if self.points else 0
+        if not price or not num_images or not self.ended_at:
+            return None
+        wall_s = (datetime.fromisoformat(self.ended_at) - datetime.fromisoformat(self.started_at)).total_seconds()
+        labeling_s = self.points[-1][0]
+        return Cost(
+            price_per_hour=price,
+            labeling_per_million=price / 3600 * labeling_s / num_images * 1e6,
+            whole_per_million=price / 3600 * max(wall_s, labeling_s) / num_images * 1e6,
+        )
+
     def write(self, output: Store) -> None:
         """Overwrite the report of this run."""
         data = json.dumps(asdict(self), indent=1, ensure_ascii=False).encode()
@@ -255,10 +304,12 @@ class Report:
     def read(cls, output: Store, run_id: str) -> "Report | None":
         """The report of a run, or None if it has none that can be read: the log says what counts."""
         try:
-            values = json.loads(storage.get_or_none(output, f"_runs/{run_id}/report.json") or b"null")
-            # Those of an earlier version lack what was added since.
+            values = json.loads(storage.get_or_none(output, f"_runs/{run_id}/report.json") or b"{}")
+            if values["run_id"] != run_id:
+                return None
+            # Fields that an earlier version did not know have their defaults.
             known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-            return cls(**known) if "run_id" in known else None
+            return cls(**{**known, "points": [(seconds, done) for seconds, done in known.get("points", [])]})
         except (ValueError, KeyError, TypeError):
             return None
 

@@ -30,6 +30,7 @@ from pipeline import (
     storage,
     telemetry,
 )
+from pipeline import report as report_page
 from pipeline.catalog import KeyRange
 from pipeline.config import Config
 from pipeline.diff import Rules
@@ -131,6 +132,7 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
     with _reporting(report, output):
         published = _run(config, request, resources, claim, report, _reference_vectors(request, claim, vectors))
         _complete(report, published, output, state)
+    report_page.write(output, report, published.entry)
     return report, claim.created_at if state.open_claim is not None else None
 
 
@@ -338,6 +340,7 @@ def _settle_report(output: Store, published: Published, state: State) -> None:
         _complete(report, published, output, state)
         report.exit_code, report.ended_at = 0, entry.committed_at
         report.write(output)
+        report_page.write(output, report, entry)
 
 
 def _complete(report: Report, published: Published, output: Store, state: State) -> None:
@@ -410,6 +413,8 @@ def _reporting(report: Report, output: Store) -> Iterator[None]:
         failure = sys.exception()
         try:
             report.write(output)
+            if isinstance(failure, LabelBucketError):
+                report_page.write(output, report, None)
         except SourceError as error:
             if failure is None:
                 raise

@@ -9,8 +9,12 @@ the one place where a key could become markup: everything is escaped here and no
 
 import base64
 import logging
+import math
+import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +22,12 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from pipeline import decode, fetch, storage
+from pipeline import contain, fetch, storage
+from pipeline.checkpoint import PreprocessSpec
+from pipeline.decode import DEFAULT_LIMITS
 from pipeline.errors import ConfigError, ImageError, SourceError
 from pipeline.meter import metered
+from pipeline.picture import Recipe
 from pipeline.storage import ObjectInfo
 
 THUMBNAIL_PX = 160
@@ -29,6 +36,20 @@ MIN_LISTED_SECTIONS = 4
 """Fewer have no table of contents."""
 _JPEG_QUALITY = 75
 _FETCH_DEADLINE_S = 30.0
+_RECIPE = Recipe(
+    spec=PreprocessSpec(
+        mode="fast",
+        resize="squash",
+        resize_hw_px=(THUMBNAIL_PX, THUMBNAIL_PX),
+        resample=Image.Resampling.BICUBIC,
+        crop_px=None,
+        input_px=THUMBNAIL_PX,
+        rescale_factor=1 / 255,
+        image_mean=(0.0, 0.0, 0.0),
+        image_std=(1.0, 1.0, 1.0),
+    ),
+    limits=replace(DEFAULT_LIMITS, max_wall_s=10.0),
+)
 _log = logging.getLogger(__name__)
 _BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -66,34 +87,47 @@ def thumbnail(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def thumbnails(input_url: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[bytes | None, str]]:
-    """Thumbnails of labeled objects in order, or None and why there is none: rows with `uri`, `etag`, `size_bytes`.
+def thumbnails(
+    input_url: str, rows: Sequence[Mapping[str, Any]], *, max_s: float = math.inf
+) -> list[tuple[bytes | None, str]]:
+    """Thumbnails of listed objects in order, or None and why there is none: rows with `uri`, `etag`, `size_bytes`.
 
-    An object that is another one since it was labeled is not shown. Raises nothing for storage: what does not answer,
-    or refuses everything, is the reason of all that follow.
+    An object that is another one since it was listed is not shown. Pictures are decoded in a child process: whatever
+    they do to a codec, the page is made. Raises nothing for storage: what does not answer, or refuses everything, is
+    the reason of all that follow, and so is `max_s`, after which no further picture is begun; an object may take a
+    quarter of it.
     """
     found: list[tuple[bytes | None, str]] = []
-    why = ""
+    why = f"not read within {max_s:g} s"
+    until_s = time.monotonic() + max_s
     try:
         store = storage.connect_input(input_url)
         objects = [ObjectInfo(row["uri"][len(input_url) + 1 :], row["size_bytes"], row["etag"], None) for row in rows]
-        max_bytes = decode.DEFAULT_LIMITS.max_bytes
-        fetched = fetch.fetch(store, objects, max_image_bytes=max_bytes, deadline_s=_FETCH_DEADLINE_S)
-        for each in metered(fetched, "reading pictures", len(objects)):
-            found.append(_thumbnail(each))  # in this thread only: see `decode.decode`
+        max_bytes, deadline_s = _RECIPE.limits.max_bytes, min(max_s / 4, _FETCH_DEADLINE_S)
+        with (
+            closing(contain.Child(_RECIPE)) as child,
+            closing(fetch.fetch(store, objects, max_image_bytes=max_bytes, deadline_s=deadline_s)) as fetched,
+        ):
+            for each in metered(fetched, "reading pictures", len(objects)):
+                found.append(_thumbnail(child, each))
+                if time.monotonic() > until_s:
+                    break
     except (SourceError, ConfigError) as error:
         why = str(error)
         _log.warning("the page lacks %s pictures: %s", f"{len(rows) - len(found):,}", why)
     return found + [(None, why)] * (len(rows) - len(found))
 
 
-def _thumbnail(fetched: bytes | ImageError) -> tuple[bytes | None, str]:
+def _thumbnail(child: contain.Child, fetched: bytes | ImageError) -> tuple[bytes | None, str]:
     try:
         if isinstance(fetched, ImageError):
             raise fetched
-        return thumbnail(decode.decode(fetched)), ""
+        pixels, facts = child.make_picture(fetched)
     except ImageError as error:
         return None, f"{error.kind}: {error}"
+    scale = min(1.0, THUMBNAIL_PX / max(facts.size_px))  # it came as a square
+    width_px, height_px = (max(1, round(edge_px * scale)) for edge_px in facts.size_px)
+    return thumbnail(Image.fromarray(pixels).resize((width_px, height_px))), ""
 
 
 def write(title: str, sections: Iterable[Section], note: str = "") -> str:
@@ -102,6 +136,11 @@ def write(title: str, sections: Iterable[Section], note: str = "") -> str:
     Control characters and marks that turn the direction of text are shown as Python writes them, `\\n` or `\\u202e`, so
     that a caption says what the key is.
     """
+    return render("sheet.html.j2", title=title, note=note, sections=list(sections), min_listed=MIN_LISTED_SECTIONS)
+
+
+def render(template: str, **values: Any) -> str:
+    """A page of `templates/` that shows `values`, each of them as text; filters: `shown`, `data_uri`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -110,9 +149,7 @@ def write(title: str, sections: Iterable[Section], note: str = "") -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"shown": shown, "data_uri": _data_uri}
-    return environment.get_template("sheet.html.j2").render(
-        title=title, note=note, sections=list(sections), min_listed_sections=MIN_LISTED_SECTIONS
-    )
+    return environment.get_template(template).render(**values)
 
 
 def counted(number: int, one: str, several: str | None = None) -> str:

@@ -5,8 +5,9 @@ is left out here is in the JSON.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from pipeline.columns import aligned
 from pipeline.compare import Comparison
 from pipeline.evaluate import Evaluation, Result
 from pipeline.label_map import RULES, Rule
@@ -20,10 +21,10 @@ def evaluation_text(evaluation: Evaluation) -> str:
     first = evaluation.results[0]
     sections = [
         "\n".join(_about(evaluation)),
-        _aligned(_accuracies(evaluation)),
+        aligned(_accuracies(evaluation)),
         "\n".join([*_published(evaluation), *_failures(first)]),
-        _aligned(_weakest(first)),
-        _aligned(_confused(first)),
+        aligned(_weakest(first)),
+        aligned(_confused(first)),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -110,7 +111,7 @@ def comparison_text(comparison: Comparison) -> str:
         *_cosines(comparison),
     ]
     sections = [lines, list(_by_score(comparison)), list(_by_class(comparison)), list(_flips(comparison))]
-    return "\n\n".join(_aligned(section) for section in sections if section)
+    return "\n\n".join(aligned(section) for section in sections if section)
 
 
 def _truth(comparison: Comparison) -> Iterator[Sequence[str]]:
@@ -160,25 +161,3 @@ def _flips(comparison: Comparison) -> Iterator[Sequence[str]]:
 
 def _per_cent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    """Rows under each other: what looks like a number to the right, with its title; the rest to the left."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    num_columns = max(map(len, rows))
-    cells = [[*row, *[""] * (num_columns - len(row))] for row in rows]
-    widths = [max(len(row[place]) for row in cells) for place in range(num_columns)]
-    is_number = [all(_looks_like_a_number(row[place]) for row in cells[1:]) for place in range(num_columns)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if number and len(cells) > 1 else cell.ljust(width)
-            for cell, width, number in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in cells
-    )
-
-
-def _looks_like_a_number(cell: str) -> bool:
-    return not cell or cell.replace(",", "").replace(".", "").isdecimal()

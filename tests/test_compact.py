@@ -263,6 +263,7 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
     (first, last) = (entry["run_id"] for entry in published.entries(url) if entry["kind"] == "run")
     assert {key.partition(f"{first}/")[2] for key in published.keys(url) if key.startswith(f"_runs/{first}/")} == {
         "report.json",
+        "report.html",
         "canaries.parquet",
     }
     assert any(key.startswith(f"_runs/{last}/parts/") or last in key for key in published.keys(url))

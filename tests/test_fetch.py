@@ -142,7 +142,7 @@ def test_a_reader_that_stops_early_leaves_no_thread(tmp_path: Path) -> None:
     found = fetch.fetch(storage.connect(str(tmp_path)), infos, max_image_bytes=100, deadline_s=5)
     next(found)
     assert any(thread.name.startswith("fetch") for thread in threading.enumerate())
-    found.close()  # type: ignore[attr-defined]
+    found.close()
     assert not any(thread.name.startswith("fetch") for thread in threading.enumerate())
 
 

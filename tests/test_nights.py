@@ -333,7 +333,7 @@ def test_a_driver_that_went_silent_and_comes_back_ends_in_the_result_of_the_one_
         _, printed = first.communicate(timeout=120)
     assert first.returncode == 0, printed
     after = published.keys(output)
-    kept = [key for key in before if not key.endswith(("/report.json", "/heartbeat.json"))]
+    kept = [key for key in before if not key.endswith(("/report.json", "/report.html", "/heartbeat.json"))]
     assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
     labeled, failed = uris(output, "labels", 1), uris(output, "failures", 1)
     assert (len(labeled), len(failed), labeled & failed) == (181, 19, set())

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from pipeline import storage
+from pipeline.charts import MAX_PACES, paces
 from pipeline.dataset import Resources, UnitSummary
 from pipeline.meter import LOG_INTERVAL_S
-from pipeline.progress import Bottleneck, Progress, Report
+from pipeline.progress import MAX_POINTS, Bottleneck, Progress, Report
 
 
 def unit(**changes: Any) -> UnitSummary:
@@ -109,6 +110,46 @@ def test_a_report_has_what_was_counted_and_one_of_an_earlier_version_is_read(tmp
     for damaged in (b"{}", b"null", b"[]", b"7", b"{"):
         output.put("_runs/run/report.json", damaged)
         assert Report.read(output, "run") is None
+
+
+@pytest.mark.parametrize("num_units", [1, 2, 150, MAX_POINTS - 3, MAX_POINTS, 1000, 12_345])
+def test_the_series_of_points_is_bounded_even_and_complete(num_units: int) -> None:
+    clock = Clock()
+    progress = Progress(100 * num_units + 600, 2, stream=io.StringIO(), clock_s=clock)
+    progress.skip(600)
+    assert progress.points() == [(0.0, 600), (0.0, 600)]
+    for number in range(num_units):
+        clock.now_s = number + 1.0
+        progress.add(unit())
+        assert len(progress.points()) <= MAX_POINTS
+    points = progress.points()
+    assert points[-1] == (num_units, 100 * num_units + 600)
+    assert len(points) > min(num_units, MAX_POINTS / 2 - 2)
+    assert all(done == 100 * seconds + 600 for seconds, done in points)
+    found = paces(points)
+    assert len(found) == min(MAX_PACES, len(points) - 1)
+    assert [each.images_per_s for each in found] == pytest.approx([100] * len(found))
+    assert (found[0].from_s, found[-1].to_s) == (0, num_units)
+
+
+def test_paces_show_where_it_stood_still() -> None:
+    found = paces([(0.0, 0), (1.0, 100), (3.0, 100), (4.0, 500)])
+    assert [round(each.images_per_s) for each in found] == [75, 0, 300]
+    assert [each.length for each in found] == pytest.approx([0.25, 0, 1])
+    assert paces([]) == paces([(0.0, 5)]) == paces([(0.0, 5), (0.0, 5)]) == []
+
+
+def test_a_million_images_cost_what_the_cluster_does_while_it_makes_them() -> None:
+    told = Report(started_at="2026-11-22T03:00:00+00:00", ended_at="2026-11-22T03:03:00+00:00")
+    told.points = [(0.0, 1000), (60.0, 3000)]
+    assert told.cost() is None
+    told.config = {"price_per_hour": 6.0}
+    found = told.cost()
+    assert found is not None
+    assert found.labeling_per_million == pytest.approx(0.1 / 2000 * 1e6)
+    assert found.whole_per_million == pytest.approx(0.3 / 2000 * 1e6)
+    told.points = [(0.0, 1000), (60.0, 1000)]
+    assert told.cost() is None
 
 
 def test_slots_for_preparing_are_those_that_the_actors_leave() -> None:

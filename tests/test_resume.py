@@ -257,7 +257,9 @@ def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_con
     assert over.returncode == 4, over.stderr
     assert "60 of 60 objects failed, 20 are allowed" in over.stderr
     assert published.entries(output) == []
-    assert published.reports(output)[0]["exit_code"] == 4
+    (told,) = published.reports(output)
+    assert told["exit_code"] == 4
+    assert b"not published: exit code 4" in published.read(output, f"_runs/{told['run_id']}/report.html")
     parts = published.parts(output)
     done = head.label_bucket(*options, "--max-failed-fraction=1")
     assert done.returncode == 0, done.stderr

@@ -137,6 +137,20 @@ def test_thumbnails_leave_the_warnings_of_the_process_as_they_were(tmp_path: Pat
     assert list(warnings.filters) == before
 
 
+def test_thumbnails_of_files_have_the_shape_of_their_pictures_and_stop_in_time(tmp_path: Path) -> None:
+    store = storage.connect(str(tmp_path))
+    shapes = {"a.png": (400, 300), "b.png": (30, 900), "c.png": (20, 10)}
+    for name, size in shapes.items():
+        store.put(name, images.encode(Image.new("RGB", size, COLOURS[0]), "PNG"))
+    (listed,) = store.list_pages()
+    rows = [{"uri": f"{store.root}/{info.key}", "etag": info.etag, "size_bytes": info.size_bytes} for info in listed]
+    found = [Image.open(BytesIO(picture)) for picture, _ in sheet.thumbnails(store.root, rows) if picture]
+    assert [each.size for each in found] == [(160, 120), (5, 160), (20, 10)]
+    assert all(np.abs(np.asarray(each, dtype=int) - COLOURS[0]).max() <= 6 for each in found)
+    late = sheet.thumbnails(store.root, rows, max_s=0.1)[1:]
+    assert late == [(None, "not read within 0.1 s")] * 2  # starting the child takes longer
+
+
 def extents(shot: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of the pixels of a colour, as far as JPEG keeps it; there must be many."""
     is_meant = abs(np.asarray(shot, dtype=int) - colour).max(axis=2) <= 6
