@@ -51,8 +51,8 @@ class Prediction(NamedTuple):
 class Classifier(torch.nn.Module):
     """uint8 (B, H, W, 3) -> float32 logits (B, K) and float32 unit vectors (B, D), or None with pooling `none`."""
 
-    _mean_C11: torch.Tensor
-    _std_C11: torch.Tensor
+    _mean: torch.Tensor
+    _std: torch.Tensor
 
     def __init__(self, network: PreTrainedModel, spec: PreprocessSpec, pooling: Pooling) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Classifier(torch.nn.Module):
         self._num_special_tokens = 1 if isinstance(network, ViTForImageClassification) else 2
         self._pooling = pooling
         self._rescale_divisor = 1 / spec.rescale_factor
-        for name, values in (("_mean_C11", spec.image_mean), ("_std_C11", spec.image_std)):
+        for name, values in (("_mean", spec.image_mean), ("_std", spec.image_std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -73,7 +73,7 @@ class Classifier(torch.nn.Module):
         # dividing by 255 is rounded once, multiplying by a rounded 1/255 twice.
         # One allocation and three passes in place.
         pixels_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        pixels_BCHW.div_(self._rescale_divisor).sub_(self._mean_C11).div_(self._std_C11)
+        pixels_BCHW.div_(self._rescale_divisor).sub_(self._mean).div_(self._std)
         # The backbone casts its input to its own dtype, and ends with the final layernorm.
         tokens_BTD = self.backbone(pixels_BCHW).last_hidden_state.float()
         per_head_BK = [head(tokens_BTD[:, token]) for token, head in enumerate(self.heads)]
@@ -85,7 +85,7 @@ class Classifier(torch.nn.Module):
 
     def with_spec(self, spec: PreprocessSpec) -> "Classifier":
         """The same weights, which are in memory once, behind the normalization of another preprocessing."""
-        return Classifier(self._network, spec, self._pooling).eval().to(self._mean_C11.device)
+        return Classifier(self._network, spec, self._pooling).eval().to(self._mean.device)
 
     def _pool(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
         match self._pooling:

@@ -26,6 +26,8 @@ from pipeline.storage import Store
 
 MODEL_WAITS_SHARE = 0.2
 """The model's actors may wait so much of their time and still be the limit: units come in gusts."""
+ACTORS_THERE_SHARE = 0.5
+"""Of the time, in which the actors label or wait: with less, they were starting for most of it."""
 PREPARE_BUSY_SHARE = 0.5
 """With fewer of their slots taken, prepare tasks are not the limit either: workers and models are being started, or
 there is less work than machine."""
@@ -61,7 +63,9 @@ class Bottleneck:
     """The knob to turn."""
 
     @classmethod
-    def of(cls, stage_s: Mapping[str, float], fetched_bytes: int, elapsed_s: float, max_prepares: int) -> "Bottleneck":
+    def of(
+        cls, stage_s: Mapping[str, float], fetched_bytes: int, elapsed_s: float, max_prepares: int, num_actors: int
+    ) -> "Bottleneck":
         """From seconds summed over workers (`Report.stage_s`) of an attempt that has taken `elapsed_s`."""
         actors_s = stage_s.get("label_s", 0) + stage_s.get("label_wait_s", 0)
         prepare_s = stage_s.get("prepare_s", 0)
@@ -69,7 +73,9 @@ class Bottleneck:
         busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
         storage_wait = 1 - stage_s.get("decode_s", 0) / prepare_s if prepare_s else 0.0
         stage: Literal["starting", "model", "decoding", "storage"]
-        if model_wait <= MODEL_WAITS_SHARE:
+        if actors_s < ACTORS_THERE_SHARE * elapsed_s * num_actors:
+            stage = "starting"
+        elif model_wait <= MODEL_WAITS_SHARE:
             stage = "model"
         elif busy < PREPARE_BUSY_SHARE:
             stage = "starting"
@@ -100,6 +106,7 @@ class Progress:
         self,
         num_images: int,
         max_prepares: int,
+        num_actors: int,
         *,
         stream: TextIO = sys.stderr,
         clock_s: Callable[[], float] = time.monotonic,
@@ -113,7 +120,7 @@ class Progress:
         self.retries: Counter[str] = Counter()
         self.stage_s: Counter[str] = Counter()
         self._num_skipped = 0
-        self._max_prepares = max_prepares
+        self._max_prepares, self._num_actors = max_prepares, num_actors
         self._clock_s = clock_s
         self._started_s = self._next_line_s = clock_s()
         self._points: list[tuple[float, int]] = []
@@ -187,7 +194,7 @@ class Progress:
 
     def bottleneck(self) -> "Bottleneck":
         """What limits this attempt so far."""
-        return Bottleneck.of(self.stage_s, self.fetched_bytes, self._elapsed_s, self._max_prepares)
+        return Bottleneck.of(self.stage_s, self.fetched_bytes, self._elapsed_s, self._max_prepares, self._num_actors)
 
     @property
     def _elapsed_s(self) -> float:

@@ -254,7 +254,7 @@ def _label(
     reference: canary.Vectors,
 ) -> None:
     """Give every unit that has none its part."""
-    progress = Progress(sealed.counts["planned"], resources.max_prepares)
+    progress = Progress(sealed.counts["planned"], resources.max_prepares, resources.num_actors)
     work = _unfinished(request.output, sealed, progress)
     first = next(work, None)
     if progress.num_done:

@@ -163,7 +163,7 @@ def test_alerts_and_dashboard_name_only_what_a_run_exports(scraped: Scraped) -> 
 
 @pytest.mark.slow
 def test_gauges_stay_while_nothing_moves(driver: Head) -> None:
-    output, progress = "s3://stalled/labels", Progress(300, 2, stream=io.StringIO())
+    output, progress = "s3://stalled/labels", Progress(300, 2, 1, stream=io.StringIO())
     resources = Resources(device="cpu", num_actors=2, cluster_cpus=2, cluster_gpus=0)
     since_s: list[float] = []
 
