@@ -11,7 +11,9 @@ import pytest
 from checkpoints import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
-_WITHOUT_RAY = "import runpy, sys; sys.modules['ray'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+_WITHOUT_RAY = (
+    "import runpy, sys; sys.modules['ray'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 _SMALL = (
     *("--device", "cpu", "--only", "deit-tiny-distilled", "--seconds", "0.01", "--matrix-size", "64"),
     *("--batch-size", "1", "--actor-batch-size", "2", "--unit-images", "3", "--num-photos", "2"),

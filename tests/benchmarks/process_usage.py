@@ -47,8 +47,8 @@ class Usage:
         return self._cpu_until(end_s) - self._cpu_until(begin_s)
 
     def _cpu_until(self, at_s: float) -> float:
-        before = (0.0, 0.0)
-        for sample in self.cpu_s:
+        before = self.cpu_s[0]
+        for sample in self.cpu_s[1:]:
             if sample[0] >= at_s:
                 share = (at_s - before[0]) / (sample[0] - before[0])
                 return before[1] + share * (sample[1] - before[1])
@@ -90,7 +90,7 @@ class Usage:
 @contextlib.contextmanager
 def watched(session: int) -> Iterator[Usage]:
     """Sample a session every INTERVAL_S from a thread, until the block ends."""
-    usage, is_over = Usage(session), threading.Event()
+    usage, is_over = Usage(session, [(time.time(), 0.0)]), threading.Event()
 
     def watch() -> None:
         while not is_over.wait(INTERVAL_S):
