@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ours import object_store_bytes
 from PIL import Image
@@ -33,6 +34,8 @@ class ImageClassifier:
         outputs = self.classifier(images, top_k=5, batch_size=self.batch_size)
         batch["score"] = [[each["score"] for each in output] for output in outputs]
         batch["label"] = [[each["label"] for each in output] for output in outputs]
+        # When the batch is done; the rows of many batches reach the driver at once.
+        batch["done_s"] = np.full(len(outputs), time.time())
         return batch
 
 
@@ -52,16 +55,17 @@ def main() -> None:
         compute=ray.data.ActorPoolStrategy(size=max(1, (os.cpu_count() or 1) - 1)),
         batch_size=options.batch_size,
     )
-    done, labels = [], {}
+    done: list[tuple[float, int]] = []
+    labels: dict[str, str] = {}
     for batch in predictions.drop_columns(["image"]).iter_batches(batch_size=None):
-        done.append((time.time(), len(batch["path"])))
+        done += [(done_s, 1) for done_s in batch["done_s"].tolist()]
         labels |= {
             str(path).rpartition("/")[2]: str(label[0])
             for path, label in zip(batch["path"], batch["label"], strict=True)
         }
     values = {
         "ended_s": time.time(),
-        "done": done,
+        "done": sorted(done),
         "labels": labels,
         "object_store_bytes": object_store_bytes(),
     }
