@@ -85,6 +85,12 @@ class Figures:
 
 
 def main() -> None:
+    """Measure beside processes that decode, forked before this one computes anything or has a device."""
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        _measure_all(pool)
+
+
+def _measure_all(pool: Pool) -> None:
     """Measure the shapes asked for, print the note, write it and its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -109,11 +115,9 @@ def main() -> None:
     product_flop_per_s = _matrix_product_flop_per_s(options, precision)
     shapes = [each for each in PUBLISHED if options.only is None or any(part in each.name for part in options.only)]
     found = []
-    # Not forked: this process may have begun to use the device.
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for shape in shapes:
-            found.append(_measure(options, shape, precision, photos, product_flop_per_s, pool))
-            print(found[-1], file=sys.stderr, flush=True)
+    for shape in shapes:
+        found.append(_measure(options, shape, precision, photos, product_flop_per_s, pool))
+        print(found[-1], file=sys.stderr, flush=True)
     facts = {
         "measured_at": f"{began_at:%Y-%m-%d}",
         "commit": _commit(),
