@@ -1,0 +1,39 @@
+"""What the comparison with other programs counts: the rate in a window, the CPU time of everything that was started."""
+
+import subprocess
+import sys
+
+import peers
+import process_usage
+import pytest
+
+_BURN = "import time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
+_BURN_IN_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_BURN!r}], check=True)"
+
+
+def test_steady_images_are_those_from_the_first_fifth_to_the_last() -> None:
+    done = [(100.0 + second, 10) for second in range(11)]
+    begin_s, end_s, num_images = peers._window(done)
+    assert (begin_s, end_s) == pytest.approx((101.2, 107.8))
+    assert num_images == pytest.approx(66)
+
+
+def test_images_that_arrive_at_once_count_as_if_they_had_come_one_by_one() -> None:
+    begin_s, end_s, num_images = peers._window([(10.0, 20), (20.0, 80)])
+    assert (begin_s, end_s) == pytest.approx((10.0, 17.5))
+    assert num_images == pytest.approx(60)
+
+
+def test_cpu_time_of_a_session_holds_that_of_children_which_have_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", _BURN_IN_A_CHILD], start_new_session=True)
+    with process_usage.watched(process.pid) as usage:
+        assert process.wait(30) == 0
+    (begin_s, _), (end_s, cpu_s) = usage.cpu_s[0], usage.cpu_s[-1]
+    # The last sample of the child may be an interval old, longer on a machine that has other work.
+    assert 0.2 < cpu_s < 2
+    assert usage.cpu_between(begin_s, end_s) == pytest.approx(cpu_s)
+    assert 0 < usage.cpu_between(begin_s, (begin_s + end_s) / 2) < cpu_s
+    assert usage.driver().peak_rss_bytes > 1 << 20
+    (child,) = usage.workers()
+    assert "process_time" in child.command
+    assert usage.peak_heap_bytes >= child.peak_heap_bytes > 0
