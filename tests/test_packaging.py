@@ -61,6 +61,7 @@ ORDER = (
         "catalog",
         "listing",
         "diff",
+        "survey",
         "plan",
         "fetch",
         "decode",
