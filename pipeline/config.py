@@ -195,7 +195,9 @@ class Config(BaseSettings):
     stall_timeout_s: float = Field(default=1800.0, gt=0, allow_inf_nan=False)
     """Where nothing moves for so long, what is left is begun anew; if nothing at all was done, the run ends."""
     dry_run: bool = False
-    """Stop after the plan: say what would be done and write no labels."""
+    """Write nothing: check, plan, try a sample of the images, and say what would be done and how long it would take."""
+    probe_writes: bool = False
+    """With --dry-run: also try whether --output can be written. Leaves two small objects below its _runs/."""
     abandon_run: bool = False
     """Give up the unfinished run of this output, instead of resuming it."""
     single_writer: bool = False

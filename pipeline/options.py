@@ -41,6 +41,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
         "max_failed_fraction": "SHARE",
         "stall_timeout_s": "SECONDS",
         "dry_run": None,
+        "probe_writes": None,
         "abandon_run": None,
         "single_writer": None,
         "config": "FILE",

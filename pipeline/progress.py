@@ -28,7 +28,8 @@ MODEL_WAITS_SHARE = 0.2
 PREPARE_BUSY_SHARE = 0.5
 """With fewer of their slots taken, prepare tasks are not the limit either: workers and models are being started, or
 there is less work than machine."""
-_ADVICE = {
+Stage = Literal["starting", "model", "decoding", "storage"]
+ADVICE: dict[Stage, str] = {
     "starting": "most of the time workers and models were starting: larger runs are faster per image",
     "model": "the model is the limit: more GPUs, or without any more CPU nodes, shorten the run",
     "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 class Bottleneck:
     """Which stage the others wait for, the shares of time that show it, and what would help."""
 
-    stage: Literal["starting", "model", "decoding", "storage"]
+    stage: Stage
     model_wait_share: float
     """Of the actors' time: waiting for input."""
     prepare_busy_share: float
@@ -64,7 +65,7 @@ class Bottleneck:
         model_wait = stage_s.get("label_wait_s", 0) / actors_s if actors_s else 1.0
         busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
         storage_wait = 1 - stage_s.get("decode_s", 0) / prepare_s if prepare_s else 0.0
-        stage: Literal["starting", "model", "decoding", "storage"]
+        stage: Stage
         if model_wait <= MODEL_WAITS_SHARE:
             stage = "model"
         elif busy < PREPARE_BUSY_SHARE:
@@ -77,7 +78,7 @@ class Bottleneck:
             prepare_busy_share=round(busy, 3),
             storage_wait_share=round(storage_wait, 3),
             storage_bytes_per_s=round(fetched_bytes / elapsed_s),
-            advice=_ADVICE[stage],
+            advice=ADVICE[stage],
         )
 
     def text(self) -> str:
@@ -194,6 +195,8 @@ class Report:
     """While labeling, in this attempt."""
     bottleneck: dict[str, Any] | None = None
     """What limited it, see `Bottleneck`; None where nothing was labeled."""
+    prediction: dict[str, Any] | None = None
+    """What a dry run expects, see `predict.Prediction`; None of a run."""
     published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
     """What tonight's labeled images look like, see `drift.Profile`; None until they are published."""

@@ -76,7 +76,7 @@ ORDER = (
     ),
     *("parts", "outcomes", "files", "drift", "publish"),
     *("view", "changes", "snapshot", "sheet", "capability"),
-    *("engine", "dataset", "progress", "request", "heartbeat", "run"),
+    *("engine", "dataset", "progress", "request", "planning", "predict", "heartbeat", "run"),
     *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
     *("export_lance", "export"),
