@@ -8,11 +8,13 @@ readers glob; the object that was tried with stays beside it, because nightly ru
 import hashlib
 import json
 import logging
+import os
 import uuid
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pipeline import storage
-from pipeline.errors import AbsentError, ChangedError, ConfigError, UnstableError
+from pipeline.errors import AbsentError, ChangedError, ConfigError, ForbiddenError, UnstableError
 from pipeline.storage import ObjectInfo, Store
 
 KEY = "_runs/store.json"
@@ -33,15 +35,21 @@ class Capabilities:
     """So that flipped and swapped bytes are noticed. Never for local files."""
 
 
-def check(output: Store, *, is_single_writer: bool) -> Capabilities:
-    """What this output's store does, from its record or by trying it out (about ten requests).
+def recorded(output: Store) -> Capabilities | None:
+    """What an earlier command found this output's store to do; None if none tried it out."""
+    data = storage.get_or_none(output, KEY)
+    return None if data is None else Capabilities(**json.loads(data))
+
+
+def check(output: Store, *, is_single_writer: bool, anew: bool = False) -> Capabilities:
+    """What this output's store does, from its record or by trying it out (about ten requests); `anew`: the latter.
 
     Raises ConfigError where two writers could both believe that they created an object, unless `is_single_writer`
     says that there are no two.
     """
-    recorded = storage.get_or_none(output, KEY)
-    found = Capabilities(**json.loads(recorded)) if recorded is not None else _try_out(output)
-    if recorded is None and (found.creates_once or is_single_writer):
+    known = recorded(output)
+    found = _try_out(output) if known is None or anew else known
+    if known is None and (found.creates_once or is_single_writer):
         output.put(KEY, json.dumps(asdict(found), indent=1).encode())
     if not found.creates_once and not is_single_writer:
         raise ConfigError(
@@ -57,6 +65,17 @@ def check(output: Store, *, is_single_writer: bool) -> Capabilities:
         if not is_kept:
             _log.warning("%s: this store %s", output.root, warning)
     return found
+
+
+def check_folder(output: Store) -> None:
+    """Raise ForbiddenError for a local folder that this user may not write into. Writes nothing; S3 always passes."""
+    if not output.root.startswith("file://"):
+        return
+    folder = Path(output.root.removeprefix("file://"))
+    while not folder.exists():
+        folder = folder.parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise ForbiddenError(f"--output {output.root}: expected a folder to write into, found that {folder} is none")
 
 
 def _try_out(output: Store) -> Capabilities:

@@ -210,7 +210,9 @@ class Config(BaseSettings):
     price_per_hour: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """What the whole cluster costs, in dollars: the report then says what a million images do. Unset: it does not."""
     dry_run: bool = False
-    """Stop after the plan: say what would be done and write no labels."""
+    """Write nothing: check, plan, try a sample of the images, and say what would be done and how long it would take."""
+    probe_writes: bool = False
+    """With --dry-run: also try whether --output can be written. Leaves two small objects below its _runs/."""
     abandon_run: bool = False
     """Give up the unfinished run of this output, instead of resuming it."""
     single_writer: bool = False

@@ -170,10 +170,10 @@ def check_model(task: Task, device: Device) -> canary.Vectors:
 
 @ray.remote
 def _check_model(task: Task, device: Device) -> canary.Vectors:
-    return _checked_labeler(task, device)[1]
+    return checked_labeler(task, device)[1]
 
 
-def _checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vectors]:
+def checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vectors]:
     """The model, and what it makes of the canary images, which is what it must if the task knows that."""
     labeler = Labeler(
         model=task.model,
@@ -330,7 +330,7 @@ class _Label:
     def __init__(self, task: Task, device: Device) -> None:
         self._labeler: Labeler | LabelBucketError
         try:
-            self._labeler, _ = _checked_labeler(task, device)
+            self._labeler, _ = checked_labeler(task, device)
         except LabelBucketError as error:
             self._labeler = error
         self._idle_since_s = time.perf_counter()

@@ -43,6 +43,7 @@ _GROUPS: Mapping[str, Mapping[str, str | None]] = {
         "stall_timeout_s": "SECONDS",
         "price_per_hour": "DOLLARS",
         "dry_run": None,
+        "probe_writes": None,
         "abandon_run": None,
         "single_writer": None,
         "config": "FILE",

@@ -27,6 +27,7 @@ from pipeline.diff import COUNTS, Rules
 from pipeline.errors import ConflictError, UnstableError
 from pipeline.log import FileRef
 from pipeline.storage import ObjectInfo, Source, Store
+from pipeline.survey import Survey
 
 MAX_UNIT_ROWS = 1024
 MAX_UNIT_INPUT_BYTES = 160_000_000
@@ -154,9 +155,18 @@ def plan_range(
     return _parse_range(standing)
 
 
-def preview_range(source: Source, output: Store, key_range: KeyRange, rules: Rules, sizes: UnitSizes) -> RangePlan:
-    """The plan that `plan_range` would make now, without writing anything: its chunks do not exist."""
-    return _plan(source, output, key_range, rules, sizes, lambda _key, data: data, "")
+def preview_range(
+    source: Source,
+    output: Store,
+    key_range: KeyRange,
+    rules: Rules,
+    sizes: UnitSizes,
+    survey: Survey | None = None,
+) -> RangePlan:
+    """The plan that `plan_range` would make now, without writing anything: its chunks do not exist, and of its objects
+    there is what `survey` has seen.
+    """
+    return _plan(source, output, key_range, rules, sizes, lambda _key, data: data, "", survey)
 
 
 def not_looked_at(key_range: KeyRange) -> Range:
@@ -230,18 +240,23 @@ def _plan(
     sizes: UnitSizes,
     write: Callable[[str, bytes], object],
     folder: str,
+    survey: Survey | None = None,
 ) -> RangePlan:
     """Compare until the listing does not contradict itself; what a given-up attempt wrote belongs to nobody."""
     for attempts_left in range(MAX_LISTINGS - 1, -1, -1):
         prefix = f"{folder}/{key_range.range_id}-{uuid.uuid4().hex[:8]}"
         chunks = _Chunks(write, prefix, source.root, sizes.max_unit_rows, has_ramp=sizes.has_ramp)
+        if survey is not None:
+            survey.clear()
         try:
             counts: dict[str, int] = {}
             for each in diff.compare(source, output, key_range, rules, counts):
                 if isinstance(each, diff.Deletion):
                     chunks.add_deletion(each.row)
-                else:
-                    chunks.add(each)
+                    continue
+                chunks.add(each)
+                if survey is not None:
+                    survey.add(each)
             chunks.close()
         except UnstableError:
             if not attempts_left:

@@ -31,7 +31,8 @@ ACTORS_THERE_SHARE = 0.5
 PREPARE_BUSY_SHARE = 0.5
 """With fewer of their slots taken, prepare tasks are not the limit either: workers and models are being started, or
 there is less work than machine."""
-_ADVICE = {
+Stage = Literal["starting", "model", "decoding", "storage"]
+ADVICE: dict[Stage, str] = {
     "starting": "most of the time workers and models were starting: larger runs are faster per image",
     "model": "the model is the limit: more GPUs, or without any more CPU nodes, shorten the run",
     "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
@@ -50,7 +51,7 @@ _log = logging.getLogger(__name__)
 class Bottleneck:
     """Which stage the others wait for, the shares of time that show it, and what would help."""
 
-    stage: Literal["starting", "model", "decoding", "storage"]
+    stage: Stage
     model_wait_share: float
     """Of the actors' time: waiting for input."""
     prepare_busy_share: float
@@ -72,7 +73,7 @@ class Bottleneck:
         model_wait = stage_s.get("label_wait_s", 0) / actors_s if actors_s else 1.0
         busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
         storage_wait = 1 - stage_s.get("decode_s", 0) / prepare_s if prepare_s else 0.0
-        stage: Literal["starting", "model", "decoding", "storage"]
+        stage: Stage
         if actors_s < ACTORS_THERE_SHARE * elapsed_s * num_actors:
             stage = "starting"
         elif model_wait <= MODEL_WAITS_SHARE:
@@ -87,7 +88,7 @@ class Bottleneck:
             prepare_busy_share=round(busy, 3),
             storage_wait_share=round(storage_wait, 3),
             storage_bytes_per_s=round(fetched_bytes / elapsed_s),
-            advice=_ADVICE[stage],
+            advice=ADVICE[stage],
         )
 
     def text(self) -> str:
@@ -255,6 +256,8 @@ class Report:
     """How it went on, see `Progress.points`; empty where nothing was labeled."""
     bottleneck: dict[str, Any] | None = None
     """What limited it, see `Bottleneck`; None where nothing was labeled."""
+    prediction: dict[str, Any] | None = None
+    """What a dry run expects, see `predict.Prediction`; None of a run."""
     published: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     profile: dict[str, Any] | None = None
     """What tonight's labeled images look like, see `drift.Profile`; None until they are published."""

@@ -8,11 +8,10 @@ import contextlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-
-import ray
 
 from pipeline import (
     canary,
@@ -25,20 +24,19 @@ from pipeline import (
     outcomes,
     parts,
     plan,
+    planning,
+    predict,
     publish,
     snapshot,
     storage,
     telemetry,
 )
 from pipeline import report as report_page
-from pipeline.catalog import KeyRange
 from pipeline.config import Config
-from pipeline.diff import Rules
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceError
 from pipeline.faults import crash_point
 from pipeline.label import compute_precision
 from pipeline.log import Claim, Entry, State
-from pipeline.meter import metered
 from pipeline.plan import Plan
 from pipeline.progress import Progress, Report
 from pipeline.publish import Published
@@ -53,7 +51,7 @@ from pipeline.request import (
     worker_task,
 )
 from pipeline.storage import Store
-from pipeline.tasks import in_order
+from pipeline.survey import Survey
 
 _log = logging.getLogger(__name__)
 
@@ -87,13 +85,13 @@ def _night(config: Config, start_engine: Callable[[], None]) -> tuple[Report, st
     start_engine()
     resources = dataset.resolve_resources(config.device, config.gpu_actors)
     precision = compute_precision(config.precision, resources.device)
+    if config.dry_run:
+        return _dry_run(config, request, resources, precision, state), None
     vectors: canary.Vectors | None = None
     if request.base is None:
         # Wrong weights must be found before the claim, which would block the output; known weights were checked before.
         with engine.errors():
             vectors = dataset.check_model(worker_task(config, request, "", precision), resources.device)
-    if config.dry_run:
-        return _dry_run(config, request, resources), None
     store_does = capability.check(output, is_single_writer=config.single_writer)
     if config.abandon_run and state.open_claim is not None:
         publish.abandon(output, state.open_claim, _now())
@@ -148,19 +146,50 @@ def _reference_vectors(request: Request, claim: Claim, first: canary.Vectors | N
     return reference
 
 
-def _dry_run(config: Config, request: Request, resources: dataset.Resources) -> Report:
-    ranges = plan.find_ranges(request.source, request.base_files)
-    with engine.errors():
-        preview = plan.total("", _plan_ranges(request, ranges, None))
-    _announce(request, resources, preview)
+def _dry_run(config: Config, request: Request, resources: dataset.Resources, precision: str, state: State) -> Report:
+    """What the run would do and how long it would take, by its plan and a sample of it; the log keeps its places."""
+    output, base, survey = request.output, request.base, Survey()
+    if state.open_claim is not None:
+        _log.warning(
+            "run %s is open: the same command as its own would go on with its plan, any other needs --abandon-run",
+            state.open_claim.run_id,
+        )
+    capability.check_folder(output)
+    if config.probe_writes:
+        capability.check(output, is_single_writer=config.single_writer, anew=True)
+    task = worker_task(config, request, "", precision, has_stats=config.image_stats)
+    if base is not None and base.canaries is not None:
+        task = replace(task, canaries=canary.read(output, base.canaries, request.space_id))
+    with engine.errors(), contextlib.closing(predict.Rehearsal(task, resources)) as rehearsal:
+        started_s = time.monotonic()
+        ranges = plan.find_ranges(request.source, request.base_files)
+        preview = plan.total("", planning.plan_ranges(request, ranges, None, survey))
+        planning_s = time.monotonic() - started_s
+        _check_not_empty(config, request, preview.counts)
+        planning.announce(request, resources, preview)
+        found: predict.Prediction | None = None
+        if preview.counts["planned"]:
+            sample = rehearsal.measure(survey)
+            found = predict.predict(sample, preview, resources, planning_s=planning_s, start_s=rehearsal.start_s)
+            for line in [*predict.folder_lines(survey), *predict.lines(found, config.price_per_hour)]:
+                _log.info("%s", line)
+            num_in_scope = preview.counts["listed"] - preview.counts["filtered"]
+            warning = predict.budget_warning(found, num_in_scope, config.max_failed_fraction)
+            if warning is not None:
+                _log.warning("%s", warning)
+    _log.info("not checked: %s", predict.unchecked(output, has_probed=config.probe_writes))
     return Report(
         exit_code=0,
         counts=preview.counts,
-        message="dry run: nothing was written",
+        message="dry run: nothing was written" + (" but what --probe-writes tried out" if config.probe_writes else ""),
         model_id=request.checkpoint.model_id,
         model_revision=request.checkpoint.revision,
         space_id=request.space_id,
         device=resources.device,
+        precision=precision,
+        num_actors=resources.num_actors,
+        num_units=preview.num_units,
+        prediction=None if found is None else asdict(found),
     )
 
 
@@ -180,7 +209,7 @@ def _run(
         sealed = _plan(config, request, claim)
         report.num_units = sealed.num_units
         report.counts = sealed.counts
-        _announce(request, resources, sealed)
+        planning.announce(request, resources, sealed)
         _label(config, request, resources, claim, sealed, report, reference)
         crash_point("labeled")
         _log.info("checking: reading %s parts back", f"{sealed.num_units:,}")
@@ -199,49 +228,23 @@ def _plan(config: Config, request: Request, claim: Claim) -> Plan:
         return sealed
     ranges = plan.seal_ranges(output, claim.run_id, lambda: plan.find_ranges(request.source, request.base_files))
     crash_point("ranges-sealed")
-    planned = _plan_ranges(request, ranges, claim.run_id)
+    planned = planning.plan_ranges(request, ranges, claim.run_id)
     counts = plan.total(claim.run_id, planned).counts
-    if counts["listed"] == counts["filtered"] and not (config.allow_empty and request.base is not None):
+    try:
+        _check_not_empty(config, request, counts)
+    except LabelBucketError:
         # What was planned of such a listing must not be resumed when the objects are there again.
         publish.abandon(output, claim, _now())
-        raise nothing_to_label(request.source, request.rules.scope, request.base)
+        raise
     crash_point("planned")
     sealed = plan.seal(output, claim.run_id, planned)
     crash_point("plan-sealed")
     return sealed
 
 
-def _plan_ranges(request: Request, ranges: Sequence[KeyRange], run_id: str | None) -> list[plan.Range]:
-    """Plan every range, one task each; with a limit one after the other, until it is reached. No run: a preview."""
-    _log.info("planning: listing %s in %s range(s)", request.source.root, f"{len(ranges):,}")
-    sizes = plan.UnitSizes.of(request.spec.input_px, len(ranges))
-
-    def start(key_range: KeyRange, rules: Rules) -> ray.ObjectRef[plan.Range]:
-        return _plan_range.options(num_cpus=0.5, memory=3 << 27).remote(
-            request.source.url, request.output.root, run_id, key_range, rules, sizes
-        )
-
-    rules = request.rules
-    if rules.limit is None:
-        all_planned = in_order(lambda each: start(each, rules), ranges)
-        return list(metered(all_planned, "planning ranges", len(ranges)))
-    planned: list[plan.Range] = []
-    left = rules.limit
-    for each in ranges:
-        found = ray.get(start(each, replace(rules, limit=left))) if left else plan.not_looked_at(each)
-        left -= found.counts["unchanged"] + found.counts["planned"]
-        planned.append(found)
-    return planned
-
-
-@ray.remote
-def _plan_range(
-    input_url: str, output_url: str, run_id: str | None, key_range: KeyRange, rules: Rules, sizes: plan.UnitSizes
-) -> plan.Range:
-    source, output = storage.connect_input(input_url), storage.connect(output_url)
-    if run_id is None:
-        return plan.preview_range(source, output, key_range, rules, sizes).summary()
-    return plan.plan_range(source, output, run_id, key_range, rules, sizes).summary()
+def _check_not_empty(config: Config, request: Request, counts: Mapping[str, int]) -> None:
+    if counts["listed"] == counts["filtered"] and not (config.allow_empty and request.base is not None):
+        raise nothing_to_label(request.source, request.rules.scope, request.base)
 
 
 def _label(
@@ -362,27 +365,6 @@ def _describe(report: Report, entry: Entry, output: Store) -> None:
 
 
 # --- what the operator sees ---------------------------------------------------------------------------------------
-
-
-def _announce(request: Request, resources: dataset.Resources, planned: Plan) -> None:
-    _log.info(
-        "plan: %s listed, %s to label in %s units, %.3f GB to read, %s unchanged, %s filtered, %s deleted",
-        f"{planned.counts['listed']:,}",
-        f"{planned.counts['planned']:,}",
-        f"{planned.num_units:,}",
-        planned.encoded_bytes / 1e9,
-        *(f"{planned.counts[name]:,}" for name in ("unchanged", "filtered", "deleted")),
-    )
-    _log.info(
-        "model: %s revision %s, space %s, on %d %s actor(s); the cluster has %g CPUs, %g GPUs",
-        request.checkpoint.model_id,
-        request.checkpoint.revision,
-        request.space_id,
-        resources.num_actors,
-        resources.device,
-        resources.cluster_cpus,
-        resources.cluster_gpus,
-    )
 
 
 def _counts_text(entry: Entry) -> str:

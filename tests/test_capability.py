@@ -45,6 +45,14 @@ def test_a_store_is_tried_out_once_per_output_below_runs_alone(s3: S3Server, buc
     assert sorted(storage.list_keys(output, "")) == keys
 
 
+def test_a_store_is_tried_out_anew_where_that_is_asked_for(bucket: str) -> None:
+    output = storage.connect(bucket)
+    assert capability.recorded(output) is None
+    first = capability.check(output, is_single_writer=False, anew=True)
+    assert first == capability.recorded(output) == capability.check(output, is_single_writer=False, anew=True)
+    assert len(list(storage.list_keys(output, "_runs/store-"))) == 2
+
+
 def test_a_store_that_ignores_conditional_creation_is_refused(bucket: str, faults: list[Fault]) -> None:
     faults.append(Fault.always("unconditional", "PUT", ""))
     output = storage.connect(bucket)
