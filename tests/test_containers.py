@@ -16,11 +16,11 @@ import servers
 from cluster import ROOT, Head
 from published import entries, table
 from servers import S3Server
+from test_manifest import keys_of
 
 from pipeline import catalog, fetch, listing, storage
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ImageError
-from pipeline.listing import Scope
 from pipeline.options import load_config
 from pipeline.store import ObjectInfo
 
@@ -129,14 +129,7 @@ def test_ranges_of_containers_hold_every_member_once(tmp_path: Path, monkeypatch
     source = storage.connect_input(f"webdataset+file://{tmp_path}")
     ranges = catalog.between(listing.borders(source))
     assert len(ranges) == 6
-    found = [
-        info.key
-        for each in ranges
-        for page in Scope().pages(source, each.after, each.through)
-        for info, is_in_scope in page
-        if is_in_scope
-    ]
-    assert found == [info.key for info in listed(source.root)]
+    assert keys_of(source, ranges) == [info.key for info in listed(source.root)]
 
 
 def test_of_two_members_with_one_name_the_last_holds(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from published import entries, table
 from servers import Fault, S3Server
 
 from pipeline import catalog, listing, manifest, storage
+from pipeline.catalog import KeyRange
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, UnstableError
 from pipeline.listing import Scope
 from pipeline.manifest import Row
-from pipeline.store import ABSENT, BAD_URI, ObjectInfo
+from pipeline.store import ABSENT, BAD_URI, ObjectInfo, Source
 
 ROWS: list[dict[str, Any]] = [
     {"uri": "s3://photos/in/b.jpg", "etag": '"e1"', "size_bytes": 7, "rating": 5, "place": 'Zürich, "HB"'},
@@ -79,6 +80,12 @@ def listed(root: str, manifest_url: str, prefix: str = "", start_after: str = ""
     found = [info for page in source.list_pages(prefix, start_after) for info in page]
     assert found == [info for page in again.list_pages(prefix, start_after) for info in page]
     return found
+
+
+def keys_of(source: Source, ranges: list[KeyRange]) -> list[str]:
+    """The keys in scope of all ranges, one after the other."""
+    pages = (page for each in ranges for page in Scope().pages(source, each.after, each.through))
+    return [info.key for page in pages for info, is_in_scope in page if is_in_scope]
 
 
 def written(folder: Path, rows: list[dict[str, Any]], name: str = "m.parquet") -> str:
@@ -208,14 +215,7 @@ def test_ranges_of_a_manifest_hold_its_objects_once(tmp_path: Path, monkeypatch:
     source = storage.connect_input("s3://photos/in", written(tmp_path / "lists", rows))
     ranges = catalog.between(listing.borders(source))
     assert len(ranges) == 4
-    found = [
-        info.key
-        for each in ranges
-        for page in Scope().pages(source, each.after, each.through)
-        for info, is_in_scope in page
-        if is_in_scope
-    ]
-    assert found == [row["uri"] for row in rows]
+    assert keys_of(source, ranges) == [row["uri"] for row in rows]
 
 
 def test_a_folder_of_manifests_is_one_and_other_files_in_it_are_none(tmp_path: Path) -> None:
