@@ -328,6 +328,7 @@ def run(head: Head, root: str, output: str, model: str, *options: str) -> subpro
     return head.label_bucket(*flags, *options)
 
 
+@pytest.mark.slow
 def test_a_manifest_labels_what_it_names_as_a_listing_does_and_its_bad_rows_are_failures(
     head: Head, s3: S3Server, bucket: str, model: str, tmp_path: Path
 ) -> None:
