@@ -83,6 +83,8 @@ def _location(value: str) -> str:
     entry = known_implementations[protocol]
     if importlib.util.find_spec(entry["class"].partition(".")[0]) is None:
         raise ValueError(f"{protocol}:// needs a package that is not installed: {entry.get('err', entry['class'])}")
+    if protocol in ("http", "https") and "@" in path.partition("/")[0]:
+        raise ValueError("expected a URL without credentials, found some before its @; use the store's own credentials")
     if protocol in ("http", "https") and "?" in path:
         raise ValueError(f"expected a {protocol}:// prefix to list, found one with a query, which may hold a secret")
     if not path.strip("/"):

@@ -95,7 +95,9 @@ def _fetch_one(store: Source, info: ObjectInfo, max_image_bytes: int, deadline_s
             f"expected a uri below {store.root}, or a path relative to it, found {info.key[:200]!r} in the manifest",
         )
     if info.is_unreadable:
-        return _failure(FailureKind.CORRUPT, "expected a tar shard or a Parquet file with a column of images")
+        return _failure(
+            FailureKind.CORRUPT, "expected an image in a tar shard or a Parquet file, found none that can be read there"
+        )
     if info.is_archived:
         return _failure(FailureKind.ARCHIVED, f"storage class {info.storage_class}: restore the object to label it")
     if not info.is_absent and (problem := _size_problem(info.size_bytes, max_image_bytes)):

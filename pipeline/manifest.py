@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import logging
+import math
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,8 @@ _MAX_KEY_CHARS = 1024
 _CODECS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
 _KNOWN = ("uri", "etag", "size_bytes", "storage_class")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_MAX_DIGITS = 18
+"""Of a size: what fits into 64 bits."""
 _CACHE_KIB = 128 * 1024
 _COLUMNS = "is_bad INTEGER, etag TEXT, size_bytes INTEGER, storage_class TEXT, extra TEXT"
 
@@ -42,6 +45,10 @@ class Row(NamedTuple):
     storage_class: str | None = None
     extra: str | None = None
     """Its other columns, as a JSON object; None where there are none."""
+    is_bad: bool = False
+    """It says nothing of an object."""
+    is_key: bool = False
+    """`uri` is what storage itself calls the object: an inventory's."""
 
 
 class Named(NamedTuple):
@@ -72,7 +79,7 @@ def read(name: str, data: bytes, where: str) -> Iterator[Row]:
         if codec := _CODECS.get(name.lower().rpartition(".")[2]):
             stream = pa.CompressedInputStream(stream, codec)
         yield from reader(stream, where)
-    except (pa.ArrowException, OSError, csv.Error) as error:
+    except (pa.ArrowException, OSError, csv.Error, ValueError, KeyError, OverflowError, RecursionError) as error:
         raise ConfigError(f"--manifest {where}: cannot be read as its name says: {describe(error)}") from error
 
 
@@ -109,13 +116,13 @@ def _json_rows(stream: Any, where: str) -> Iterator[Row]:
             continue
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if isinstance(values, dict) and "uri" in values:
             has_uri = True
             yield _row(values)
         else:
-            yield Row(f"line {number}: {line.strip()}", None, None)
+            yield Row(f"line {number}: {line.strip()}", None, None, is_bad=True)
     if not has_uri:
         raise ConfigError(f"--manifest {where}: expected lines such as {{'uri': …}}, found none")
 
@@ -155,7 +162,7 @@ def parse_inventory(data: bytes, where: str) -> Inventory:
     """ConfigError unless `data` is the manifest.json of an inventory in CSV or Parquet."""
     try:
         said = json.loads(data)
-        bucket = said["destinationBucket"].removeprefix("arn:aws:s3:::")
+        bucket = said["destinationBucket"].rpartition(":::")[2]  # arn:aws:s3:::bucket, also aws-cn and aws-us-gov
         files = [InventoryFile(bucket, each["key"], each["MD5checksum"]) for each in said["files"]]
         kind, columns = said["fileFormat"].upper(), [name.strip() for name in said["fileSchema"].split(",")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -185,7 +192,7 @@ def read_inventory(inventory: Inventory, data: bytes, root: str, where: str) -> 
             if is_current and not is_marker and uri.startswith(f"{root}/"):
                 size = values.get("size")
                 named = {"uri": uri, "etag": values.get("etag"), "size_bytes": size}
-                yield _row({**named, "storage_class": values.get("storageclass")})
+                yield _row({**named, "storage_class": values.get("storageclass")})._replace(is_key=True)
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, KeyError) as error:
         raise ConfigError(f"--manifest {where}: expected a file of an S3 Inventory: {describe(error)}") from error
 
@@ -200,12 +207,19 @@ def _row(values: Mapping[str, Any]) -> Row:
     storage_class = values.get("storage_class")
     if isinstance(uri, bytes):
         uri = uri.decode("utf-8", "surrogateescape")
-    is_size = (isinstance(size, int) and size >= 0) or (isinstance(size, str) and size.isdecimal())
-    extra = {name: value for name, value in values.items() if name not in _KNOWN}
+    is_size = isinstance(size, int) or (isinstance(size, str) and size.isdecimal() and len(size) <= _MAX_DIGITS)
+    size_bytes = int(size) if is_size and size is not None else -1
+    # JSON has no word for NaN and infinities.
+    is_number = (not isinstance(value, float) or math.isfinite(value) for value in values.values())
+    extra = {
+        name: value if is_finite else None
+        for (name, value), is_finite in zip(values.items(), is_number, strict=True)
+        if name not in _KNOWN
+    }
     return Row(
         uri=None if uri is None else str(uri),
         etag=_utf8(etag).strip('"') or None if isinstance(etag, str) else None,
-        size_bytes=int(size) if is_size and size is not None else None,
+        size_bytes=size_bytes if 0 <= size_bytes < 10**_MAX_DIGITS else None,
         storage_class=_utf8(storage_class) or None if isinstance(storage_class, str) else None,
         extra=_utf8(json.dumps(extra, ensure_ascii=False, default=str)) if extra else None,
     )
@@ -227,8 +241,8 @@ def name_of(row: Row, root: str) -> Named:
         if uri.startswith(start):
             key = uri[len(start) :]
             break
-    if _is_key(key, root):
-        return Named(key, False, *row[1:])
+    if (row.is_key and key != uri) or (not row.is_bad and _is_key(key, root)):
+        return Named(key, False, row.etag, row.size_bytes, row.storage_class, row.extra)
     shown = _utf8(uri)[:_MAX_KEY_CHARS]
     return Named(shown.replace("\0", "\\0") or "(no uri)", True, extra=row.extra)
 
@@ -252,17 +266,28 @@ def sort(rows: Iterator[Row], root: str, path: Path, where: str) -> None:
 
     On disk beyond 128 MiB: the library sorts in files of its own. ConfigError if there are no rows.
     """
-    with closing(sqlite3.connect(path, isolation_level=None)) as table:
-        for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{_CACHE_KIB}"):
-            table.execute(f"PRAGMA {setting}")
-        table.execute(f"CREATE TEMP TABLE named (key TEXT, {_COLUMNS})")
-        table.execute(f"CREATE TABLE objects (key TEXT PRIMARY KEY, {_COLUMNS}) WITHOUT ROWID")
-        table.execute("BEGIN")
-        table.executemany("INSERT INTO named VALUES (?, ?, ?, ?, ?, ?)", (name_of(row, root) for row in rows))
-        table.execute("INSERT OR IGNORE INTO objects SELECT * FROM named ORDER BY key, rowid")
-        table.execute("COMMIT")
-        ((num_rows,),) = table.execute("SELECT count(*) FROM named")
-        ((num_objects, num_bad),) = table.execute("SELECT count(*), total(is_bad) FROM objects")
+    unsorted = path.with_suffix(".unsorted")
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as table:
+            table.execute("ATTACH ? AS unsorted", (str(unsorted),))  # beside it: other temporary places may be small
+            for setting in (
+                "journal_mode = OFF",
+                "synchronous = OFF",
+                "temp_store = FILE",
+                f"cache_size = -{_CACHE_KIB}",
+            ):
+                table.execute(f"PRAGMA {setting}")
+            table.execute(f"CREATE TABLE unsorted.named (key TEXT, {_COLUMNS})")
+            table.execute(f"CREATE TABLE objects (key TEXT PRIMARY KEY, {_COLUMNS}) WITHOUT ROWID")
+            table.execute("BEGIN")
+            table.executemany("INSERT INTO named VALUES (?, ?, ?, ?, ?, ?)", (name_of(row, root) for row in rows))
+            table.execute("INSERT OR IGNORE INTO objects SELECT * FROM named ORDER BY key, rowid")
+            table.execute("COMMIT")
+            ((num_rows,),) = table.execute("SELECT count(*) FROM named")
+            ((num_objects, num_bad),) = table.execute("SELECT count(*), total(is_bad) FROM objects")
+    except sqlite3.Error as error:
+        raise OSError(describe(error)) from error
+    unsorted.unlink()
     if not num_rows:
         raise ConfigError(f"--manifest {where}: expected rows, found none")
     _log.info(
@@ -276,7 +301,7 @@ def sort(rows: Iterator[Row], root: str, path: Path, where: str) -> None:
 
 def pages(path: Path, prefix: str, start_after: str, page_rows: int) -> Iterator[list[Named]]:
     """The objects whose key starts with `prefix` and comes after `start_after`, in UTF-8 byte order."""
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as table:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as table:
         after, condition = start_after, ">"
         if prefix > start_after:
             after, condition = prefix, ">="
@@ -294,5 +319,5 @@ def pages(path: Path, prefix: str, start_after: str, page_rows: int) -> Iterator
 def every(path: Path, num_objects: int) -> list[str]:
     """The key of each so many-th object."""
     numbered = "SELECT key, row_number() OVER (ORDER BY key) AS number FROM objects"
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as table:
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as table:
         return [key for (key,) in table.execute(f"SELECT key FROM ({numbered}) WHERE number % ? = 0", (num_objects,))]

@@ -217,7 +217,7 @@ class Rehearsal:
 @ray.remote
 def _prepare(task: Task, objects: pa.Table) -> Prepared:
     """The objects, or so many of them as there is time for, after a few that open connections and start the decoder."""
-    source = storage.connect(task.input_url)
+    source = storage.connect_input(task.input_url)
 
     def prepare(some: pa.Table) -> Prepared:
         started_s, cpu_started_s = time.perf_counter(), time.process_time()

@@ -60,8 +60,11 @@ def connect_input(url: str, manifest_url: str | None = None) -> Source:
         return ContainerStore(kind, connect(inner))
     if manifest_url is None:
         return connect(url)
-    folder, _, name = normalize(manifest_url).rpartition("/")
-    return ManifestStore(connect(url), connect(folder), name)
+    scheme, _, path = normalize(manifest_url).partition("://")
+    folder, slash, name = path.rpartition("/")
+    if not slash or not name:
+        raise ConfigError(f"--manifest {manifest_url}: expected a file, or a folder of files, in a bucket or a folder")
+    return ManifestStore(connect(url), connect(f"{scheme}://{folder or '/'}"), name)
 
 
 def connect_output(url: str) -> Store:

@@ -11,18 +11,22 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+
 from pipeline import members, store
-from pipeline.errors import AbsentError, ChangedError, UnstableError
-from pipeline.members import Kind, Member, RowGroups
+from pipeline.errors import AbsentError, ChangedError, SourceError, UnavailableError, UnstableError
+from pipeline.members import Kind, Member, ParquetImages
 from pipeline.range_file import RangeFile
 from pipeline.store import ObjectInfo, Store
 
 _CONCURRENCY = 16
 """Containers that are opened at once by one listing."""
+_KEPT_FILES = 64
+"""Footers of Parquet files in memory."""
+_KEPT_ROWS = 64
+"""Rows in memory, in at least two row groups: twice as many as `fetch` asks for at once, in no strict order."""
 _OBJECT_BYTES = 10_000
 """What a member is taken to have where a listing is cut: small, because opening containers takes more time."""
-_UNREADABLE = "(cannot be read)"
-"""The one member of a container that is not what its name says: so that it has an outcome, too."""
 _LAST = "\U0010ffff"
 
 
@@ -35,7 +39,8 @@ class ContainerStore:
         self.root = self.url = f"{kind}+{objects.root}"
         self._kind, self._objects = kind, objects
         self._lock = threading.Lock()
-        self._open: tuple[ObjectInfo, RowGroups] | None = None
+        self._files: dict[ObjectInfo, ParquetImages] = {}
+        self._row_groups: dict[tuple[ObjectInfo, int], pa.ChunkedArray] = {}
 
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """See Store. Containers are listed as a whole, and only those opened that can hold what is asked for."""
@@ -65,8 +70,9 @@ class ContainerStore:
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
         """See Store. Of a Parquet file the whole row group is read, and kept for the next row."""
-        if listed is None or listed.etag is None:
-            raise AbsentError(f"get {self.root}/{key}: expected a member that was listed")
+        if listed is None or listed.etag is None:  # why a container could not be opened
+            container = ObjectInfo(key.removesuffix(f"/{members.UNREADABLE}"), 1, None, None)
+            return self._objects.get_range(container, 0, 1, deadline_s=deadline_s)
         etag, _, numbers = listed.etag.rpartition("@")
         key_chars, place, file_bytes = map(int, numbers.split("."))
         file = ObjectInfo(key[:key_chars], file_bytes, etag, None)
@@ -74,24 +80,41 @@ class ContainerStore:
             return self._objects.get_range(file, place, place + listed.size_bytes, deadline_s=deadline_s)
         try:
             with self._lock:
-                if self._open is None or self._open[0] != file:
-                    self._open = (file, RowGroups(RangeFile(self._objects, file, deadline_s)))
-                image = self._open[1].read(place)
+                image = self._image(file, place, deadline_s)
         except members.DAMAGED as error:
             raise UnstableError(f"get {self.root}/{key}: {store.describe(error)}") from error
         if image is None:
             raise AbsentError(f"get {self.root}/{key}: expected bytes, found null")
         return image
 
+    def _image(self, file: ObjectInfo, row: int, deadline_s: float) -> bytes | None:
+        if file not in self._files:
+            if len(self._files) == _KEPT_FILES:
+                self._files.pop(next(iter(self._files)))
+            self._files[file] = ParquetImages(RangeFile(self._objects, file, deadline_s))
+        number, first_row = self._files[file].row_group_of(row)
+        if (file, number) not in self._row_groups:
+            while len(self._row_groups) > 1 and sum(map(len, self._row_groups.values())) > _KEPT_ROWS:
+                self._row_groups.pop(next(iter(self._row_groups)))
+            self._row_groups[file, number] = self._files[file].read_row_group(number)
+        image: bytes | None = self._row_groups[file, number][row - first_row].as_py()
+        return image
+
     def _members(self, container: ObjectInfo) -> list[ObjectInfo]:
+        whole = self._info(container, Member(members.UNREADABLE, 0, container.size_bytes))
+        if container.is_archived:
+            return [whole]
         file = RangeFile(self._objects, container, store.DEADLINE_S)
         try:
             found = members.list_members(self._kind, file, container.size_bytes)
-        except members.DAMAGED:
-            whole = self._info(container, Member(_UNREADABLE, 0, container.size_bytes))
-            return [whole._replace(storage_class=store.UNREADABLE)]
         except (ChangedError, AbsentError):  # since it was listed: the next night sees what it is then
             return []
+        except UnavailableError:
+            raise
+        except SourceError:
+            return [whole._replace(size_bytes=0, etag=None, storage_class=store.ABSENT)]
+        except members.DAMAGED:
+            return [whole._replace(storage_class=store.UNREADABLE)]
         return [self._info(container, member) for member in found]
 
     @staticmethod
@@ -101,7 +124,7 @@ class ContainerStore:
             size_bytes=member.size_bytes,
             etag=f"{container.etag}@{len(container.key)}.{member.place}.{container.size_bytes}",
             last_modified=container.last_modified,
-            storage_class=container.storage_class,
+            storage_class=container.storage_class if member.is_readable else store.UNREADABLE,
         )
 
 

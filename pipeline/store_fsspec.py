@@ -70,7 +70,9 @@ class FsspecStore:
             modified = datetime.fromtimestamp(modified, UTC)
         if not isinstance(modified, datetime):
             modified = None
-        known = (entry.get(name) for name in ("ETag", "etag", "md5Hash", "checksum", "sha256", "Last-Modified"))
+        known = (
+            entry.get(name) for name in ("ETag", "etag", "md5Hash", "blob_id", "checksum", "sha256", "Last-Modified")
+        )
         etag = next((str(value).strip('"') for value in known if value), None)
         size_bytes = entry.get("size") or 0
         return ObjectInfo(key, size_bytes, etag or f"{size_bytes}-{modified and modified.isoformat()}", modified)

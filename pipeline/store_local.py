@@ -73,6 +73,8 @@ class LocalStore:
         """See Store."""
         path = self._path / key
         with _local_errors(f"look at {path}"):
+            if any(folder.is_symlink() for folder in list(path.parents)[: key.count("/")]):
+                raise AbsentError(f"look at {path}: it is behind a link to a folder, which listings do not follow")
             if not path.is_file():
                 raise AbsentError(f"look at {path}: expected a file, found {_what_is(path)}")
             return _local_info(key, path.stat())

@@ -4,12 +4,13 @@ A module of its own because what it lists is what somebody wrote down, not what 
 say an object's etag and size, storage is asked, one request each.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import cache, manifest, schema, store
-from pipeline.errors import AbsentError, ConfigError, ForbiddenError
+from pipeline.errors import AbsentError, ConfigError, SourceError, UnavailableError
 from pipeline.manifest import Named, Row
 from pipeline.store import ObjectInfo, Store
 from pipeline.store_s3 import S3Store
@@ -54,7 +55,9 @@ class ManifestStore:
             return ObjectInfo(named.key, named.size_bytes, named.etag, None, named.storage_class, extra=named.extra)
         try:
             return self._objects.stat(named.key)._replace(extra=named.extra)
-        except (AbsentError, ForbiddenError):
+        except UnavailableError:
+            raise
+        except SourceError:
             return ObjectInfo(named.key, 0, None, None, store.ABSENT, extra=named.extra)
 
     def _table(self) -> Path:
@@ -89,16 +92,15 @@ class ManifestStore:
 
     def _manifest_files(self, where: str) -> list[ObjectInfo]:
         if manifest.is_manifest(self._name) or self._name.endswith(manifest.INVENTORY):
-            try:
+            with contextlib.suppress(AbsentError):
                 return [self._files.stat(self._name)]
-            except AbsentError as error:
-                raise ConfigError(f"--manifest {where}: expected a file, found nothing") from error
+        # A folder, also one that is called as a file: so some programs write a table.
         listed = [info for page in self._files.list_pages(f"{self._name}/") for info in page]
         found = [info for info in listed if manifest.is_manifest(info.key) and info.size_bytes]
         if not found:
             raise ConfigError(
                 f"--manifest {where}: expected a .parquet, .csv, .jsonl or .ndjson file (the last three also .gz, .bz2,"
                 " .zst or .lz4), the manifest.json of an S3 Inventory, or a folder of such files, found"
-                f" {[info.key for info in listed[:3]] or 'nothing'}"
+                f" {[info.key for info in listed[:3]] or 'nothing of that kind'}"
             )
         return found

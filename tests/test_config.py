@@ -214,6 +214,7 @@ def test_bad_value_is_one_line_that_names_the_flag_and_the_value(flags: list[str
         ("https://shop.example/photos?signature=hunter2", "found one with a query"),
         ("s3://key:hunter2@shop/photos", "without credentials"),
         ("simplecache::ftp://me:hunter2@shop/photos", "without credentials"),
+        ("https://token@shop/photos", "without credentials"),
         ("dvc://shop/photos", "needs a package that is not installed"),
         ("~nobody-here/photos", "expected a user of this machine after the ~, found '~nobody-here/photos'"),
         ("a\0b", "expected a folder or a URL, found 'a\\x00b'"),

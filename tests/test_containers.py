@@ -1,6 +1,7 @@
 """Images in tar shards and in Parquet files: listed, read, and labeled as loose objects are."""
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 import servers
 from cluster import ROOT, Head
 from published import entries, table
-from servers import S3Server
+from servers import Fault, S3Server
 from test_manifest import keys_of
 
 from pipeline import catalog, fetch, listing, storage
@@ -103,6 +104,33 @@ def test_rows_of_parquet_files_are_read_a_row_group_at_a_time(s3: S3Server, buck
     assert len(gets) <= 2 * 2 * 2 + 5
 
 
+def test_the_images_are_those_of_the_column_that_holds_bytes_and_is_called_so(tmp_path: Path) -> None:
+    def nested(kind: pa.DataType, value: object) -> pa.Array:
+        return pa.array([{"bytes": value, "path": "a"}], pa.struct([("bytes", kind), ("path", pa.string())]))
+
+    sizes, audio, image = nested(pa.int64(), 7), nested(pa.binary(), b"sound"), nested(pa.binary(), b"x")
+    pq.write_table(pa.table({"sizes": sizes, "audio": audio, "image": image}), tmp_path / "a.parquet")
+    assert [data for _, data in read(f"parquet+file://{tmp_path}")] == [b"x"]
+    pq.write_table(pa.table({"sizes": sizes}), tmp_path / "a.parquet")
+    assert read(f"parquet+file://{tmp_path}") == [("a.parquet/(cannot be read)", "corrupt")]
+
+
+def test_small_images_in_a_large_file_are_neither_empty_nor_too_large(tmp_path: Path) -> None:
+    same = [b"same"] * 20_000
+    pq.write_table(pa.table({"image": same, "other": [b"0"] * 20_000}), tmp_path / "a.parquet", compression="zstd")
+    pq.write_table(pa.table({"image": [b"one"], "other": [os.urandom(3 * 10**6)]}), tmp_path / "b.parquet")
+    assert [data for _, data in read(f"parquet+file://{tmp_path}")] == [*same, b"one"]
+
+
+def test_row_groups_and_files_are_read_once_though_threads_cross_their_borders(s3: S3Server, bucket: str) -> None:
+    images = [bytes([number]) * 50_000 for number in range(100)]
+    put(s3, bucket, {f"{number}.parquet": rows(images[number * 25 : number * 25 + 25], 10) for number in range(4)})
+    before = len(s3.requests)
+    assert [data for _, data in read(f"parquet+{bucket}/in")] == images
+    num_gets = sum(method == "GET" and ".parquet" in path for method, path in s3.requests[before:])
+    assert num_gets <= 4 * 2 * 2 + 4 * 3 + 4
+
+
 @pytest.mark.parametrize("column", ["image", "bytes"])
 def test_a_plain_column_of_bytes_is_one_of_images(tmp_path: Path, column: str) -> None:
     pq.write_table(pa.table({"id": [1, 2], column: [b"one", b"two"]}), tmp_path / "a.parquet")
@@ -142,8 +170,54 @@ def test_of_two_members_with_one_name_the_last_holds(tmp_path: Path) -> None:
         link = tarfile.TarInfo("b.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
+        twin = tarfile.TarInfo("c.jpg")
+        twin.type, twin.linkname = tarfile.LNKTYPE, "./a.jpg"
+        tar.addfile(twin)
     (tmp_path / "x.tar").write_bytes(sink.getvalue())
-    assert read(f"webdataset+file://{tmp_path}") == [("x.tar/a.jpg", b"newer")]
+    assert read(f"webdataset+file://{tmp_path}") == [("x.tar/a.jpg", b"newer"), ("x.tar/c.jpg", b"newer")]
+
+
+def test_a_member_whose_bytes_are_not_there_as_they_are_unpacked_is_corrupt(tmp_path: Path) -> None:
+    with (tmp_path / "s.bmp").open("wb") as file:
+        file.write(b"begin")
+        file.seek(10**6)
+        file.write(b"end")
+    subprocess.run(["tar", "-S", "--format=gnu", "-cf", "in.tar", "s.bmp"], cwd=tmp_path, check=True)
+    whole = shard({"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
+    (tmp_path / "cut.tar").write_bytes(whole[: 512 + 5120 + 512 + 100])
+    header = bytearray(tarfile.TarInfo("n.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (-600).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header[:512]):06o}\0 ".encode()
+    (tmp_path / "n.tar").write_bytes(bytes(header) + bytes(10_240))
+    found = dict(read(f"webdataset+file://{tmp_path}"))
+    assert found["in.tar/s.bmp"] == "corrupt"
+    assert (found["cut.tar/a.jpg"], found["cut.tar/b.jpg"]) == (b"x" * 5000, "corrupt")
+    assert not any(isinstance(data, bytes) for key, data in found.items() if key.startswith("n.tar"))
+
+
+@pytest.mark.parametrize("size", ["1e30", "abc", "-5"])
+def test_a_tar_with_impossible_numbers_gives_no_image(tmp_path: Path, size: str) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.pax_headers = {"size": size, "GNU.sparse.size": size}
+        tar.addfile(member, io.BytesIO(b""))
+    (tmp_path / "x.tar").write_bytes(sink.getvalue())
+    assert not any(isinstance(data, bytes) for _, data in read(f"webdataset+file://{tmp_path}"))
+
+
+def test_a_shard_that_is_refused_or_archived_is_one_failure_and_the_others_are_read(
+    s3: S3Server, bucket: str, faults: list[Fault]
+) -> None:
+    put(s3, bucket, {f"{name}.tar": shard({"a.jpg": b"a"}) for name in ("cold", "good", "shut")})
+    s3.client.put_object(Bucket=bucket[5:], Key="in/cold.tar", Body=shard({"a.jpg": b"a"}), StorageClass="GLACIER")
+    faults.append(Fault.always(403, "GET", "/shut.tar"))
+    assert read(f"webdataset+{bucket}/in") == [
+        ("cold.tar/(cannot be read)", "archived"),
+        ("good.tar/a.jpg", b"a"),
+        ("shut.tar/(cannot be read)", "forbidden"),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

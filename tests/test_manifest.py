@@ -5,6 +5,9 @@ import gzip
 import hashlib
 import io
 import json
+import math
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +26,7 @@ from cluster import ROOT, Head
 from published import entries, table
 from servers import Fault, S3Server
 
-from pipeline import catalog, listing, manifest, storage
+from pipeline import catalog, fetch, listing, manifest, storage
 from pipeline.catalog import KeyRange
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, UnstableError
@@ -193,6 +196,25 @@ def test_a_path_never_leads_out_of_a_local_input(uri: str) -> None:
     assert manifest.name_of(Row(uri, None, None), "file:///data/in").is_bad
 
 
+def test_a_row_that_says_nothing_is_bad_though_its_text_could_be_a_key() -> None:
+    (row,) = [row for row in read("m.jsonl", b'{"uri": "a.jpg"}\nno json\n') if row.uri != "a.jpg"]
+    assert manifest.name_of(row, "s3://photos/in").is_bad
+
+
+def test_what_storage_calls_an_object_is_its_key_whatever_it_looks_like() -> None:
+    for key in ("/a.jpg", "http://site/a.jpg", "a//b.jpg"):
+        assert manifest.name_of(Row(f"s3://photos/in/{key}", "e", 1, is_key=True), "s3://photos/in")[:2] == (key, False)
+
+
+def test_values_that_no_column_takes_are_none() -> None:
+    rows = [{"uri": "a.jpg", "size_bytes": size, "etag": "e"} for size in (2**63, -1, 10**300, "9" * 5000, "x", 1.5)]
+    found = read("m.jsonl", json_lines([*rows, {"uri": "b.jpg", "x": math.nan, "y": -math.inf, "z": 1.5}]))
+    assert [row.size_bytes for row in found[:-1]] == [None] * 6
+    assert json.loads(found[-1].extra or "", parse_constant=pytest.fail) == {"x": None, "y": None, "z": 1.5}
+    nested = b'{"uri": "a.jpg", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    assert [row.is_bad for row in read("m.jsonl", b'{"uri": "b.jpg"}\n' + nested)] == [False, True]
+
+
 # --- the source ---------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +247,61 @@ def test_a_folder_of_manifests_is_one_and_other_files_in_it_are_none(tmp_path: P
     assert [info.key for info in listed("s3://photos/in", str(tmp_path / "lists"))] == ["a", "b"]
 
 
+def test_a_folder_that_is_called_as_a_file_is_a_folder(tmp_path: Path) -> None:
+    url = written(tmp_path / "list.parquet", [{"uri": "a", "etag": "e", "size_bytes": 1}], "m.parquet")
+    assert [info.key for info in listed("s3://photos/in", str(Path(url).parent))] == ["a"]
+
+
+def test_a_manifest_at_the_top_is_that_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path, [{"uri": "a", "etag": "e", "size_bytes": 1}], "m.csv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="found nothing"):
+        listed("s3://photos/in", "/m.csv")
+    with pytest.raises(ConfigError, match="in a bucket or a folder"):
+        listed("s3://photos/in", "s3://lists")
+
+
+def test_tables_that_nothing_used_for_long_are_removed_and_a_full_disk_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LABEL_BUCKET_CACHE", str(tmp_path / "ca#che"))
+    rows = [{"uri": "a", "etag": "e", "size_bytes": 1}]
+    listed("s3://photos/in", written(tmp_path / "lists", rows))
+    tables = tmp_path / "ca#che" / "manifests"
+    (first,) = [each for each in tables.iterdir() if each.is_dir()]
+    os.utime(first, (0, 0))
+    listed("s3://photos/in", written(tmp_path / "more", [*rows, *rows]))
+    assert not first.is_dir()
+    (second,) = [each for each in tables.iterdir() if each.is_dir()]
+    os.utime(second, (0, 0))
+    listed("s3://photos/in", str(tmp_path / "more" / "m.parquet"))
+    listed("s3://photos/in", written(tmp_path / "lists", [*rows, {"uri": "b", "etag": "e", "size_bytes": 1}]))
+    assert second.is_dir()  # it was used again
+    many = [{"uri": f"{number:0500d}", "etag": "e", "size_bytes": 1} for number in range(5000)]
+    url = written(tmp_path / "lists", many)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(ConfigError, match="cannot write to the cache"):
+            listed("s3://photos/in", url)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_storage_refuses_to_look_at_is_one_row_and_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "s.jpg").write_bytes(b"secret")
+    (tmp_path / "in" / "ln").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "a.jpg").write_bytes(b"a")
+    url = written(tmp_path / "lists", [{"uri": "a.jpg"}, {"uri": "ln/s.jpg"}, {"uri": "x" * 300}])
+    found = listed(f"file://{tmp_path}/in", url)
+    assert [info.is_absent for info in found] == [False, True, True]
+    source = storage.connect_input(f"file://{tmp_path}/in", url)
+    outcomes = list(fetch.fetch(source, found, max_image_bytes=100, deadline_s=5))
+    assert [isinstance(each, bytes) for each in outcomes] == [True, False, False]
+
+
 def test_another_content_under_the_same_name_is_another_manifest(tmp_path: Path) -> None:
     url = written(tmp_path / "lists", [{"uri": "a", "etag": "e", "size_bytes": 1}])
     assert [info.key for info in listed("s3://photos/in", url)] == ["a"]
@@ -255,7 +332,7 @@ def test_storage_is_asked_only_for_what_the_manifest_does_not_say(s3: S3Server, 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gone.csv", "expected a file, found nothing"),
+        ("gone.csv", "found nothing of that kind"),
         ("readme.txt", "expected a .parquet, .csv, .jsonl or .ndjson file"),
         ("empty.csv", "expected rows, found none"),
     ],

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def draw(folder: Path, num_images: int) -> Path:
     return folder
 
 
-def label(pictures: Path, output: Path, **options: Any) -> Report:
+def label(pictures: Path | str, output: Path, **options: Any) -> Report:
     """The command in this process, which is a driver already."""
     from pipeline.run import label_bucket
 
@@ -249,6 +250,16 @@ def test_a_dry_run_of_a_manifest_samples_what_it_names_and_probes_the_output_if_
     left = sorted(re.sub("-[0-9a-f]{8}", "", key) for key in published.keys(str(output)))
     assert left == ["_runs/store.json", "_runs/store.txt"]
     assert "--probe-writes" not in caplog.messages[-1]
+
+
+def test_a_dry_run_reads_its_sample_out_of_containers(driver: Head, tmp_path: Path) -> None:
+    pictures = draw(tmp_path / "pictures", 20)
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "x.tar", "w") as tar:
+        tar.add(pictures, ".")
+    dry = label(f"webdataset+{tmp_path / 'in'}", tmp_path / "out", dry_run=True)
+    assert dry.prediction is not None
+    assert dry.prediction["sample"]["num_objects"] == dry.counts["planned"] == 20
 
 
 def test_a_dry_run_with_weights_that_are_not_the_architectures_ends_as_its_run_would(
