@@ -1,7 +1,9 @@
 """Kills of a run's processes that prove something: some units are done, others are in flight, and the kill hit."""
 
 import io
+import itertools
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -52,10 +54,15 @@ class Kills:
         self._prefix = f"/{source.bucket}/{source.prefix}"
 
     def reads(self) -> Counter[str]:
-        """How often each object was read."""
+        """How often each object was read before the run was published: afterwards its page shows some of them."""
+        published = re.compile(rf"/{self.output.bucket}/{self.output.prefix}_log/\d+\.json")
+        requests = itertools.takewhile(
+            lambda each: each[0] != "PUT" or not published.fullmatch(each[1].partition("?")[0]),
+            self._s3.requests[self._requests_before :],
+        )
         return Counter(
             path.removeprefix(self._prefix)
-            for method, path in self._s3.requests[self._requests_before :]
+            for method, path in requests
             if method == "GET" and path.startswith(self._prefix)
         )
 
