@@ -49,7 +49,7 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
     output = Place("s3://once/disturbed", s3.client)
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     storm = Storm(
-        SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.08, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
+        SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.1, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
     )
     kills, started_s = Kills(s3, source, output, undisturbed), time.monotonic()
 
