@@ -3,7 +3,7 @@
 A module of its own because it is pure arithmetic, and the text equivalent of a chart must not be computed twice.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,6 +32,11 @@ class Pace(NamedTuple):
     images_per_s: float
     length: float
     """Of the fastest, 0 .. 1."""
+
+
+def by_number(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The largest first, those that are equal by name."""
+    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
 
 
 def bars(counts: Iterable[tuple[str, float]], total: float | None = None) -> list[Bar]:

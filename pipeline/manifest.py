@@ -190,9 +190,13 @@ def read_inventory(inventory: Inventory, data: bytes, root: str, where: str) -> 
             is_marker = str(values.get("isdeletemarker", False)).lower() == "true"
             uri = f"s3://{values['bucket']}/{key}"
             if is_current and not is_marker and uri.startswith(f"{root}/"):
-                size = values.get("size")
-                named = {"uri": uri, "etag": values.get("etag"), "size_bytes": size}
-                yield _row({**named, "storage_class": values.get("storageclass")})._replace(is_key=True)
+                named = {
+                    "uri": uri,
+                    "etag": values.get("etag"),
+                    "size_bytes": values.get("size"),
+                    "storage_class": values.get("storageclass"),
+                }
+                yield _row(named)._replace(is_key=True)
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError, KeyError) as error:
         raise ConfigError(f"--manifest {where}: expected a file of an S3 Inventory: {describe(error)}") from error
 
@@ -209,13 +213,7 @@ def _row(values: Mapping[str, Any]) -> Row:
         uri = uri.decode("utf-8", "surrogateescape")
     is_size = isinstance(size, int) or (isinstance(size, str) and size.isdecimal() and len(size) <= _MAX_DIGITS)
     size_bytes = int(size) if is_size and size is not None else -1
-    # JSON has no word for NaN and infinities.
-    is_number = (not isinstance(value, float) or math.isfinite(value) for value in values.values())
-    extra = {
-        name: value if is_finite else None
-        for (name, value), is_finite in zip(values.items(), is_number, strict=True)
-        if name not in _KNOWN
-    }
+    extra = {name: _in_json(value) for name, value in values.items() if name not in _KNOWN}
     return Row(
         uri=None if uri is None else str(uri),
         etag=_utf8(etag).strip('"') or None if isinstance(etag, str) else None,
@@ -223,6 +221,11 @@ def _row(values: Mapping[str, Any]) -> Row:
         storage_class=_utf8(storage_class) or None if isinstance(storage_class, str) else None,
         extra=_utf8(json.dumps(extra, ensure_ascii=False, default=str)) if extra else None,
     )
+
+
+def _in_json(value: Any) -> Any:
+    """The value; None for NaN and infinities, for which JSON has no word."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _utf8(text: str) -> str:

@@ -90,8 +90,8 @@ def _tar_members(file: RangeFile, file_bytes: int) -> Iterator[Member]:
 
 
 def _parquet_members(file: RangeFile) -> Iterator[Member]:
-    parquet = _open(file)
-    metadata, column = parquet.metadata, image_column(parquet.schema_arrow)
+    parquet, column = _open(file)
+    metadata = parquet.metadata
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
     image_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
@@ -99,10 +99,10 @@ def _parquet_members(file: RangeFile) -> Iterator[Member]:
         yield Member(f"{row:010d}", row, max(1, image_bytes // metadata.num_rows))
 
 
-def _open(file: RangeFile) -> pq.ParquetFile:
+def _open(file: RangeFile) -> tuple[pq.ParquetFile, str]:
+    """The file, and the path of its column of images."""
     parquet = pq.ParquetFile(pa.PythonFile(file, "r"), pre_buffer=True)
-    image_column(parquet.schema_arrow)
-    return parquet
+    return parquet, image_column(parquet.schema_arrow)
 
 
 def image_column(schema: pa.Schema) -> str:
@@ -128,8 +128,7 @@ class ParquetImages:
     """The images of one Parquet file, of which the footer is in memory. For one thread at a time."""
 
     def __init__(self, file: RangeFile) -> None:
-        self._file = _open(file)
-        self._column = image_column(self._file.schema_arrow)
+        self._file, self._column = _open(file)
 
     def row_group_of(self, row: int) -> tuple[int, int]:
         """The row group that holds a row, and its first row. Raises IndexError for a row that is not there."""

@@ -3,11 +3,11 @@
 A module of its own because it looks back: it needs neither Ray nor a model, and writes nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline import log, report
+from pipeline import charts, log, report
 from pipeline.columns import aligned
 from pipeline.errors import ConfigError
 from pipeline.log import Claim, Entry
@@ -119,14 +119,14 @@ def _lines(run: Run, found: Report) -> Iterator[tuple[str, str]]:
     if terms:
         sum_text = " + ".join(f"{each.number:,} {each.name}" for each in terms)
         yield "objects", f"{found.counts['listed']:,} listed = {sum_text}; {found.counts['deleted']:,} gone"
-    yield "failed", ", ".join(f"{number:,} {kind}" for kind, number in _by_number(found.failures))
+    yield "failed", ", ".join(f"{number:,} {kind}" for kind, number in charts.by_number(found.failures))
     if found.images_per_s:
         seconds = f", {clock_text(found.points[-1][0])} of labeling" if found.points else ""
         yield "speed", f"{found.images_per_s:,.1f} images/s{seconds}"
     if found.bottleneck is not None:
         yield "limit", found.bottleneck["advice"]
     if found.profile and found.profile["num_images"]:
-        counts = _by_number(found.profile["label_counts"])
+        counts = charts.by_number(found.profile["label_counts"])
         names = ", ".join(f"{shown(name)} {number:,}" for name, number in counts[:MAX_NAMES])
         yield "labels", f"{names}{f', and {len(counts) - MAX_NAMES:,} more' if len(counts) > MAX_NAMES else ''}"
         yield "confidence", f"{report.mean_confidence(found.profile):.3f} on average"
@@ -142,10 +142,6 @@ def _lines(run: Run, found: Report) -> Iterator[tuple[str, str]]:
     for folder, num_files, num_rows, num_bytes in report.files(run.entry):
         if num_files:
             yield f"{folder}/", f"{num_rows:,} rows in {num_files:,} file(s), {num_bytes / 1e6:,.2f} MB"
-
-
-def _by_number(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
 
 
 def to_json(run: Run, found: Report | None) -> dict[str, Any]:

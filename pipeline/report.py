@@ -112,7 +112,7 @@ def _render(
         duration=_duration_text(report),
         terms=list(terms(report)),
         num_tried=num_tried(report),
-        failures=charts.bars(sorted(report.failures.items(), key=lambda each: (-each[1], each[0]))),
+        failures=charts.bars(charts.by_number(report.failures)),
         paces=charts.paces(report.points),
         clock_text=clock_text,
         stage=_STAGES.get((report.bottleneck or {}).get("stage", "")),
@@ -220,7 +220,7 @@ def _labels(profile: Mapping[str, Any] | None) -> tuple[list[charts.Bar], int, i
     """The most frequent labels, how many more there are, and the images of these."""
     if profile is None:
         return [], 0, 0
-    counts = sorted(profile["label_counts"].items(), key=lambda each: (-each[1], each[0]))
+    counts = charts.by_number(profile["label_counts"])
     shown, rest = counts[:NUM_LABELS], counts[NUM_LABELS:]
     return charts.bars(shown, profile["num_images"]), len(rest), sum(number for _, number in rest)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import charts
 from pipeline.log import Entry, FileRef
 from pipeline.storage import Store
 
@@ -71,7 +72,7 @@ def read(output: Store, entry: Entry, label_counts: Mapping[str, int], *, max_s:
     counts = label_counts or seen
     of_label = {
         label: rows.filter(pc.equal(rows["label"], label)).slice(0, NUM_PER_LABEL).to_pylist()
-        for label in sorted(counts, key=lambda each: (-counts[each], each))[:NUM_LABELS]
+        for label, _ in charts.by_number(counts)[:NUM_LABELS]
     }
     return Samples(
         num_seen=len(rows),

@@ -32,11 +32,11 @@ _MAX_SAVED_REPEATS = 5.0
 PAGE_OBJECTS = 1000
 """Keys in a page; what one S3 LIST request returns."""
 ABSENT = "label-bucket: absent"
-"""The storage class of what a manifest names and storage does not have, or not for this identity."""
+"""The storage class of what a manifest names, or of a container, that storage does not show to this identity."""
 BAD_URI = "label-bucket: bad uri"
 """The storage class of what a manifest says that can be no object below the input."""
 UNREADABLE = "label-bucket: unreadable"
-"""The storage class of what stands for all images of a container that is none."""
+"""The storage class of a member of a container, or of what stands for all of it, that cannot be read there."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 RepeatCause = Literal["throttled", "server", "timeout", "connection", "unstable", "other"]
@@ -65,12 +65,12 @@ class ObjectInfo(NamedTuple):
 
     @property
     def is_absent(self) -> bool:
-        """Whether a manifest named it and storage did not show it."""
+        """Whether storage did not show it when it was to be listed."""
         return self.storage_class == ABSENT
 
     @property
     def is_unreadable(self) -> bool:
-        """Whether it stands for a container whose images cannot be told."""
+        """Whether its container does not hold it as one run of bytes."""
         return self.storage_class == UNREADABLE
 
     @property
@@ -84,7 +84,7 @@ class Source(Protocol):
 
     root: str
     url: str
-    """What `storage.connect` opens again: the root, unless the listing comes from elsewhere."""
+    """What `storage.connect_input` opens again: the root, unless the listing comes from elsewhere."""
     can_seek: bool
     """Whether a listing that starts after some key costs only the pages that follow."""
 

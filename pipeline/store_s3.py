@@ -214,20 +214,14 @@ class S3Store:
 
     def _get(self, key: str, listed: ObjectInfo | None, deadline_s: float, num_reads: int = store.NUM_READS) -> bytes:
         what = f"get {self.root}/{key}"
-        arguments: dict[str, Any] = {"Key": self._prefix + key}
-        if listed is not None and listed.etag is not None:
-            arguments["IfMatch"] = f'"{listed.etag}"'
 
         def attempt() -> bytes:
-            try:
-                data, etag = self._call(what, deadline_s, _get_object, **arguments)
-            except _PreconditionError as error:
-                raise ChangedError(f"{what}: it is no longer the object that was listed") from error
+            data, etag = self._read(what, deadline_s, key, listed)
             if listed is not None:
                 store.check_size(data, listed, what)
             if etag is not None:
                 store.check_md5(data, listed.etag if listed is not None and listed.etag else etag, what)
-            return data  # type: ignore[no-any-return]
+            return data
 
         return reread_unstable(attempt, what, deadline_s, num_reads)
 
@@ -235,18 +229,27 @@ class S3Store:
         self, listed: ObjectInfo, begin: int, end: int, deadline_s: float, num_reads: int = store.NUM_READS
     ) -> bytes:
         what = f"get {self.root}/{listed.key} from byte {begin:,}"
-        condition = {"IfMatch": f'"{listed.etag}"'} if listed.etag else {}
-        wanted = {"Key": self._prefix + listed.key, "Range": f"bytes={begin}-{end - 1}", **condition}
 
         def attempt() -> bytes:
-            try:
-                data, _ = self._call(what, deadline_s, _get_object, **wanted)
-            except _PreconditionError as error:
-                raise ChangedError(f"{what}: it is no longer the object that was listed") from error
+            data, _ = self._read(what, deadline_s, listed.key, listed, Range=f"bytes={begin}-{end - 1}")
             store.check_range(data, begin, end, what)
-            return data  # type: ignore[no-any-return]
+            return data
 
         return reread_unstable(attempt, what, deadline_s, num_reads)
+
+    def _read(
+        self, what: str, deadline_s: float, key: str, listed: ObjectInfo | None, **arguments: str
+    ) -> tuple[bytes, str | None]:
+        """One GET, of the object that was listed if its etag is known; see `_get_object`."""
+        if listed is not None and listed.etag is not None:
+            arguments["IfMatch"] = f'"{listed.etag}"'
+        try:
+            found: tuple[bytes, str | None] = self._call(
+                what, deadline_s, _get_object, Key=self._prefix + key, **arguments
+            )
+            return found
+        except _PreconditionError as error:
+            raise ChangedError(f"{what}: it is no longer the object that was listed") from error
 
     def put(self, key: str, data: bytes) -> None:
         """See Store."""

@@ -80,7 +80,7 @@ ORDER = (
     ),
     *("parts", "outcomes", "files", "drift", "publish"),
     *("view", "changes", "snapshot", "sheet", "capability"),
-    *("engine", "dataset", "progress", "telemetry", "samples", "charts", "report", "request", "planning", "predict"),
+    *("engine", "dataset", "progress", "telemetry", "charts", "samples", "report", "request", "planning", "predict"),
     *("heartbeat", "run", "past_runs"),
     *("run_model", "verify_files", "verify_catalog", "verify_sample", "verify", "retention", "compact"),
     *("truth", "label_map", "metrics", "predictions", "answers", "evaluate", "pairs", "compare", "tables"),
