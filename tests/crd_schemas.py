@@ -50,7 +50,7 @@ def _kind(api_version: str, kind: str, spec: Schema) -> Schema:
 _TEMPLATE = _object(
     "spec",
     metadata=_object(name=_TEXT, namespace=_TEXT, labels=_TEXT_BY_NAME, annotations=_TEXT_BY_NAME, finalizers=_TEXTS),
-    spec=_OPEN,
+    spec={"type": "object", "required": ["containers"]},
 )
 _GROUP: dict[str, Schema] = {
     "template": _TEMPLATE,

@@ -14,10 +14,12 @@ import tempfile
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import botocore.session
+import botocore.validate
 import jsonschema
 import monitoring
 import yaml
@@ -55,6 +57,11 @@ def problems_of(path: Path) -> list[str]:
     return list(check_of(path)(path))
 
 
+def is_right(path: Path) -> bool:
+    """Whether nothing is wrong with it; ends at the first problem."""
+    return next(check_of(path)(path), None) is None
+
+
 def check_of(path: Path) -> Callable[[Path], Iterator[str]]:
     """The check for a file, by its name. KeyError if there is none."""
     checks: Mapping[str, Callable[[Path], Iterator[str]]] = {
@@ -81,10 +88,10 @@ def check_of(path: Path) -> Callable[[Path], Iterator[str]]:
 
 def _of_kubernetes(path: Path) -> Iterator[str]:
     text = path.read_text()
-    yield from (problems := problems_of_manifest(text))
-    if problems:
-        return
-    for document in load(text):
+    problem = None
+    for problem in problems_of_manifest(text):
+        yield problem
+    for document in load(text) if problem is None else []:
         if document["kind"] == "ConfigMap":
             for name, content in document["data"].items():
                 yield from _of_config_text(name, content)
@@ -294,9 +301,20 @@ def _of_machines(path: Path) -> Iterator[str]:
     try:
         (config,) = load(path.read_text())
         validate_config(prepare_config(config))
-    except (yaml.YAMLError, jsonschema.ValidationError, ValueError, KeyError) as error:
+    except (yaml.YAMLError, jsonschema.ValidationError, ValueError, KeyError, AssertionError) as error:
         yield f"no cluster: {error}"
         return
+    # What Ray leaves open: of the provider, and of machines, which are requests to EC2.
+    if config["provider"].keys() != {"type", "region", "cache_stopped_nodes"}:
+        yield f"expected a provider's type, region and cache_stopped_nodes, found {config['provider']}"
+    nodes = config["available_node_types"]
+    if nodes.keys() != {"head", "cpu", "gpu-spot"} or nodes["head"]["resources"] != {"CPU": 0}:
+        yield f"expected nodes head, on which nothing is scheduled, cpu and gpu-spot, found {nodes}"
+        return
+    for name, node in nodes.items():
+        yield from (f"{name}: {problem}" for problem in _of_run_instances(node["node_config"]))
+    if nodes["gpu-spot"]["node_config"].get("InstanceMarketOptions") != {"MarketType": "spot"}:
+        yield "gpu-spot are no spot machines"
     options = " ".join(config["docker"]["run_options"])
     (mounted,) = config["file_mounts"]
     for needed in (
@@ -306,8 +324,22 @@ def _of_machines(path: Path) -> Iterator[str]:
     ):
         if needed not in options:
             yield f"expected {needed} among the options of docker, found {options}"
-    if config["available_node_types"]["gpu-spot"]["node_config"]["InstanceMarketOptions"] != {"MarketType": "spot"}:
-        yield "gpu-spot are no spot machines"
+
+
+@cache
+def _run_instances() -> Any:
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+
+
+def _of_run_instances(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Of what EC2 is asked for, by the service's own description."""
+    all_of_them = {"MinCount": 1, "MaxCount": 1, **parameters}
+    report = botocore.validate.ParamValidator().validate(all_of_them, _run_instances())
+    if report.has_errors():
+        yield report.generate_report()
+    for needed in ("InstanceType", "IamInstanceProfile"):
+        if needed not in parameters:
+            yield f"lacks {needed}"
 
 
 def _of_compose(path: Path) -> Iterator[str]:
@@ -321,6 +353,9 @@ def _of_compose(path: Path) -> Iterator[str]:
         return
     services = compose["services"]
     for name, service in services.items():
+        named = {each.partition(":")[0] for each in service.get("volumes", [])}
+        if unknown := {each for each in named if "/" not in each} - compose.get("volumes", {}).keys():
+            yield f"{name}: mounts {unknown}"
         if unknown := set(service.get("depends_on", [])) - services.keys():
             yield f"{name}: waits for {unknown}"
         if public := [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")]:

@@ -38,9 +38,9 @@ def pods(document: Document) -> Iterator[tuple[str, Document]]:
 
     def below(where: str, value: Any) -> Iterator[tuple[str, Document]]:
         if isinstance(value, dict):
-            if isinstance(value.get("spec"), dict) and "containers" in value["spec"]:
-                yield where, value
             for name, each in value.items():
+                if name in ("template", "submitterPodTemplate") and isinstance(each, dict):
+                    yield f"{where}.{name}", each
                 yield from below(f"{where}.{name}", each)
         elif isinstance(value, list):
             for number, each in enumerate(value):
@@ -49,18 +49,20 @@ def pods(document: Document) -> Iterator[tuple[str, Document]]:
     yield from below(str(document.get("kind")), document)
 
 
-def problems_of_manifest(text: str) -> list[str]:
+def problems_of_manifest(text: str) -> Iterator[str]:
     """Of a file of Kubernetes documents: schemas, and what every pod must have."""
     try:
         documents = load(text)
     except yaml.YAMLError as error:
-        return [f"no YAML: {error}"]
-    found = []
+        yield f"no YAML: {error}"
+        return
     for document in documents:
-        found += [f"{document.get('kind')}: {problem}" for problem in _problems_of_document(document)]
-        for where, template in pods(document):
-            found += [f"{where}: {problem}" for problem in _problems_of_pod(template["spec"])]
-    return found
+        problem = None
+        for problem in _problems_of_document(document):
+            yield f"{document.get('kind')}: {problem}"
+        if problem is None:
+            for where, template in pods(document):
+                yield from (f"{where}: {problem}" for problem in _problems_of_pod(template["spec"]))
 
 
 def problems_of_rules_as_a_resource(text: str) -> list[str]:

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
 from cluster import ROOT, Head
-from deployment import asked, check_of, files, problems_of, problems_of_rights
+from deployment import asked, check_of, files, is_right, problems_of, problems_of_rights
 from manifests import load, pods
 from servers import S3Server
 
@@ -101,6 +101,7 @@ BROKEN = [
     ("config/evaluate.toml", "fraction = 1.0", "fractoin = 1.0", "fractoin; did you mean fraction?"),
     ("config/evaluate.toml", "seed = 0", 'seed = "0"', "expected a number, found '0'"),
     ("ray/cluster.yaml", "max_workers: 20", "max_worker: 20", "max_worker"),
+    ("ray/cluster.yaml", "InstanceType: c7i", "InstanceTyp: c7i", 'Unknown parameter in input: "InstanceTyp"'),
     ("ray/cluster.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "RAY_AUTH_MODE=token"),
     ("compose.yaml", "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
     ("compose.yaml", "service_completed_successfully", "service_completed", "depends_on"),
@@ -129,6 +130,43 @@ def test_a_file_that_is_broken_on_purpose_is_refused(
 def test_every_file_has_a_check_and_was_broken_on_purpose() -> None:
     assert {name for name, *_ in BROKEN} == set(files())
     assert all(check_of(INFRA / name) for name in files())
+
+
+def fields(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every name stands that is no free choice, as that of a label is."""
+    free = {"labels", "matchLabels", "annotations", "data", "nodeSelector", "rayStartParams", "limits", "requests"}
+    free |= {"environment", "services", "file_mounts"}
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if name.startswith("x-"):  # of Compose, and already where it is referred to
+                continue
+            if not free & set(where[-1:]):
+                yield (*where, name)
+            yield from fields(each, (*where, name))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from fields(each, (*where, number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each for each in files() if each.endswith(".yaml") and "raycronjob" not in each])
+def test_no_field_can_be_misspelt(name: str, tmp_path: Path) -> None:
+    """All but raycronjob.yaml: its template is rayjob.yaml's."""
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    text = (INFRA / name).read_text()
+    unseen = []
+    for document in load(text):
+        for *where, last in fields(document):
+            broken = json.loads(json.dumps(document))
+            parent = broken
+            for each in where:
+                parent = parent[each]
+            parent[f"{last}x"] = parent.pop(last)
+            copy.write_text(json.dumps(broken))  # JSON is YAML
+            if is_right(copy):
+                unseen.append((*where, last))
+    assert unseen == []
 
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
