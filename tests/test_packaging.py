@@ -59,6 +59,7 @@ ORDER = (
         "checkpoint",
         "config",
         "options",
+        "argument_file",
         "log",
     ),
     *(
