@@ -1,8 +1,10 @@
 """Rules as tests: what installs, what starts, what imports what, and that README and CONTRIBUTING are true of it."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -19,6 +22,7 @@ from packaging.utils import canonicalize_name
 from pipeline import schema
 from pipeline.config import Config
 from pipeline.errors import FailureKind
+from pipeline.options import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -396,3 +400,28 @@ def athena_type(kind: pa.DataType) -> str:
     if pa.types.is_timestamp(kind):
         return "timestamp"
     return {"int32": "int", "int64": "bigint", "float": "float", "string": "string", "bool": "boolean"}[str(kind)]
+
+
+def test_steps_of_readme_put_names_of_ones_own_wherever_they_are_needed(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "infra", tmp_path / "infra")
+    steps = section("Run it on your cluster")
+    lines = re.findall(r"^(?:PHOTOS=|IMAGE=|sed -i ).*$", steps, re.MULTILINE)
+    assert len(lines) == 5
+    # Only the lines that edit files: what they talk to is not here.
+    subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=tmp_path, check=True)
+    (dry_run,) = re.findall(r"^job=\$\((sed .*) \| kubectl", steps, re.MULTILINE)
+    one_off = subprocess.run(["bash", "-euc", dry_run], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    edited = "".join(
+        path.read_text() for folder in ("iam", "kubernetes") for path in sorted((tmp_path / "infra" / folder).iterdir())
+    )
+    assert re.findall(r"shop|123456789012|label-bucket:cuda", edited) == []
+    policy = json.loads((tmp_path / "infra" / "iam" / "job.json").read_text())
+    (resource,) = [each["Resource"] for each in policy["Statement"] if each["Sid"] == "ReadPhotos"]
+    assert resource == "arn:aws:s3:::my-photos/catalogue/*"
+    common = yaml.safe_load_all((tmp_path / "infra" / "kubernetes" / "common.yaml").read_text())
+    (toml,) = [each["data"]["nightly.toml"] for each in common if each["kind"] == "ConfigMap"]
+    (tmp_path / "nightly.toml").write_text(toml)
+    command = yaml.safe_load(one_off)["spec"]["entrypoint"].split()
+    config = load_config(["--config", str(tmp_path / "nightly.toml"), *command[3:]], {})
+    assert (config.input, config.output, config.dry_run) == ("s3://my-photos/catalogue", "s3://my-labels", True)
