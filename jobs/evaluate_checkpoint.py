@@ -26,7 +26,7 @@ from pathlib import Path
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import engine, tables
+from pipeline import argument_file, engine, tables
 from pipeline.arguments import add_log_level, positive
 from pipeline.compare import compare
 from pipeline.errors import STOPPED, ConfigError, ConflictError, LabelBucketError, SourceError
@@ -36,7 +36,7 @@ from pipeline.evaluate import MODES, PRECISIONS, Options, evaluate
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, evaluate or compare, print; the exit code."""
     parser = _parser()
-    flags = parser.parse_args(arguments)
+    flags = argument_file.parse(parser, arguments)
     if (flags.compare is None) == (flags.dataset is None):
         parser.error("expected --dataset WHERE with --model NAME, or --compare A B")
     if (flags.dataset is None) != (flags.model is None) or (flags.compare and flags.predictions):
@@ -119,9 +119,11 @@ exit codes:
 examples:
   draw_images.py --output drawn --num-images 600 --seed 7 && evaluate_checkpoint.py --model demo --dataset drawn
   evaluate_checkpoint.py --model facebook/deit-small-distilled-patch16-224 --dataset imagenet-1k --split validation
+  evaluate_checkpoint.py --config infra/config/evaluate.toml --precision all
   evaluate_checkpoint.py --compare 's3://shop-labels#space=demo-9cdf48b3' 's3://shop-labels#space=demo-1f0a7c55'
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", metavar="NAME", help="hub id, folder, URL, or demo")
@@ -137,7 +139,12 @@ examples:
         metavar="FILE",
         help="JSON or TOML: a name or number of the set -> a name or id of the model; null (JSON) to leave a class out",
     )
-    add("--ignore-unmapped", action="store_true", help="leave out pictures whose class is no label of the model")
+    add(
+        "--ignore-unmapped",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out pictures whose class is no label of the model",
+    )
     add("--preprocess", choices=("all", *MODES), default="all", help="default all")
     add("--precision", choices=("all", *PRECISIONS), default="all", help="default all; bf16 is slow on most CPUs")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto: GPUs if the cluster has any")
@@ -149,6 +156,7 @@ examples:
     add("--predictions", type=Path, metavar="FILE", help="write Parquet: a row per picture, mode and precision")
     add("--compare", nargs=2, metavar=("A", "B"), help="two runs; no model is needed")
     add_log_level(parser)
+    argument_file.add_config(parser)
     return parser
 
 

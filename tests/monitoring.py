@@ -17,6 +17,7 @@ RAY_LABELS = {"SessionName", "WorkerId"}
 """Of those that Ray adds to every metric, the ones that expressions may rely on; see the scrape test."""
 _SEVERITIES = {"info", "warning", "critical"}
 _WIDTH = 24
+_OF_A_PANEL = {"id", "title", "gridPos", "targets", "fieldConfig"}
 
 
 def metrics_in(expression: str) -> set[str]:
@@ -88,9 +89,12 @@ def _problems_of_rule(rule: dict[str, Any]) -> Iterator[str]:
 def problems_of_dashboard(text: str) -> list[str]:
     """Of a dashboard."""
     try:
-        panels = json.loads(text)["panels"]
+        dashboard = json.loads(text)
+        panels, variables = dashboard["panels"], dashboard["templating"]["list"]
     except (ValueError, TypeError, KeyError) as error:
         return [f"no dashboard: {error!r}"]
+    if incomplete := [panel for panel in panels if not panel.keys() >= _OF_A_PANEL]:
+        return [f"panel {panel.get('id')}: lacks {sorted(_OF_A_PANEL - panel.keys())}" for panel in incomplete]
     ids = Counter(panel["id"] for panel in panels)
     found = [f"panel {number}: twice" for number, times in ids.items() if times > 1]
     taken: set[tuple[int, int]] = set()
@@ -109,6 +113,11 @@ def problems_of_dashboard(text: str) -> list[str]:
         ]
         if not panel["targets"] or not panel["fieldConfig"]["defaults"].get("unit"):
             found.append(f"{panel['title']}: shows nothing, or without a unit")
+    for variable in variables:
+        if variable["type"] == "query":
+            # label_values(metric, label) asks for the values of a label, as this does.
+            expression = re.sub(r"^label_values\((.+), (\w+)\)$", r"group by (\2) (\1)", variable["query"]["query"])
+            found += [f"${variable['name']}: {problem}" for problem in problems_of_expression(expression)]
     return found
 
 

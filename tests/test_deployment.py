@@ -1,87 +1,187 @@
 """The files of infra/ say what the job needs: no more rights, no less, and what they name exists."""
 
-import fnmatch
 import json
-import re
-import tomllib
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import pytest
-import yaml
 from cluster import ROOT, Head
-from packaging.specifiers import SpecifierSet
-from ray.autoscaler._private.util import prepare_config, validate_config
+from deployment import asked, check_of, files, is_right, problems_of, problems_of_rights
+from manifests import load, pods
 from servers import S3Server
 
 from pipeline.draw import draw_file
-from pipeline.options import load_config
 
-KUBERNETES = ROOT / "infra" / "kubernetes"
-DOCKERFILE = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+INFRA = ROOT / "infra"
 
 
 def documents(name: str) -> dict[str, Any]:
-    """Kind -> document."""
-    return {each["kind"]: each for each in yaml.safe_load_all((KUBERNETES / name).read_text())}
+    """Kind -> document, of a file of infra/kubernetes."""
+    return {each["kind"]: each for each in load((INFRA / "kubernetes" / name).read_text())}
 
 
-def every_pod() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where, and the spec of a pod, of all manifests."""
-
-    def below(where: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        if isinstance(value, dict):
-            if "containers" in value:
-                yield where, value
-            for name, each in value.items():
-                yield from below(f"{where}.{name}", each)
-        elif isinstance(value, list):
-            for number, each in enumerate(value):
-                yield from below(f"{where}[{number}]", each)
-
-    for path in sorted(KUBERNETES.glob("*.yaml")):
-        for kind, document in documents(path.name).items():
-            yield from below(f"{path.name} {kind}", document)
-
-
-PODS = dict(every_pod())
 CLUSTER = documents("rayjob.yaml")["RayJob"]["spec"]["rayClusterSpec"]
+
+
+# --- every file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", files())
+def test_a_file_is_right(name: str) -> None:
+    assert problems_of(INFRA / name) == []
+
+
+def test_the_script_of_what_a_commit_must_pass_is_right() -> None:
+    assert problems_of(ROOT / ".ci" / "run") == []
+
+
+BROKEN = [
+    # file, what stands there, what stands there instead, what is said of it
+    ("kubernetes/common.yaml", "podSelector: {matchLabels: {app", "podSelectr: {matchLabels: {app", "podSelectr"),
+    ("kubernetes/common.yaml", "maxUnavailable: 1", "maxUnavailable: [1]", "maxUnavailable"),
+    ("kubernetes/common.yaml", "port: 8265,", "port: 8265, port: 8266,", "twice in one mapping: port"),
+    ("kubernetes/common.yaml", "    image_stats =", "    image_stat =", "image_stat; did you mean image_stats?"),
+    ("kubernetes/cronjob.yaml", "timeZone:", "timezone:", "timezone"),
+    ("kubernetes/cronjob.yaml", "apiVersion: batch/v1\n", "apiVersion: batch/v2\n", "no such kind: batch/v2 CronJob"),
+    ("kubernetes/cronjob.yaml", "readOnlyRootFilesystem: true, ", "", "expected the security context"),
+    ("kubernetes/rayjob.yaml", "shutdownAfterJobFinishes:", "shutdownAfterJobFinished:", "shutdownAfterJobFinished"),
+    ("kubernetes/rayjob.yaml", 'num-cpus: "0"', "num-cpus: 0", "0 is not of type 'string'"),
+    ("kubernetes/rayjob.yaml", "serviceAccountName:", "serviceAcountName:", "serviceAcountName"),
+    ("kubernetes/rayjob.yaml", "tolerations:\n", "toleration:\n", "toleration"),
+    ("kubernetes/rayjob.yaml", "    authOptions: {mode: token}\n", "", "asks for no token"),
+    ("kubernetes/rayjob.yaml", 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', "found 2.59.0"),
+    ("kubernetes/rayjob.yaml", "nightly.toml", "nightly.tml", "nightly.tml"),
+    ("kubernetes/raycronjob.yaml", "  schedule:", "  shedule:", "'schedule' is a required property"),
+    ("kubernetes/raycronjob.yaml", "minReplicas: 1\n", "minReplicas: one\n", "'one' is not of type 'integer'"),
+    ("kubernetes/raycronjob.yaml", "  runAsNonRoot: true\n", "  runAsNonRoot: false\n", "may be root"),
+    (
+        "kubernetes/raycronjob.yaml",
+        "securityContext: *container\n      head",
+        "securityContext: [*container]\n      head",
+        "autosc",
+    ),
+    ("prometheus/podmonitor.yaml", "podMetricsEndpoints", "podMetricEndpoints", "podMetricEndpoints"),
+    ("prometheus/podmonitor.yaml", "interval: 15s", "interval: 15 seconds", "does not match"),
+    (
+        "prometheus/alerts.yaml",
+        "ray_label_bucket_retries_total",
+        "ray_label_bucket_retry_total",
+        "which nobody exports",
+    ),
+    ("prometheus/alerts.yaml", "        for: 30m", "        since: 30m", "since"),
+    (
+        "grafana/label_bucket.json",
+        "ray_label_bucket_parts_total",
+        "ray_label_bucket_part_total",
+        "which nobody exports",
+    ),
+    ("iam/job.json", '"Effect": "Allow"', '"Efect": "Allow"', "no policy"),
+    ("iam/job.json", '"s3:PutObject"', '"s3:*"', "s3:*"),
+    ("iam/janitor.json", '"Action": ["s3:GetObject", "s3:PutObject", "s3:DeleteObject"],', "", "no policy"),
+    ("iam/reader.json", '"s3:ListBucket"', '"s3:ListBuckets"', "s3:ListBuckets"),
+    ("docker/Dockerfile", "WORKDIR /opt", "WORKDIR opt", "DL3000"),
+    ("docker/Dockerfile", "--from=build ", "--from=builds ", "DL3022"),
+    ("docker/Dockerfile", "COPY pipeline pipeline", "ADD pipeline pipeline", "DL3020"),
+    ("docker/Dockerfile", "FROM scratch", "FORM scratch", "unexpected"),
+    ("docker/Dockerfile", "USER 10001", "USER root", "runs as root"),
+    ("docker/Dockerfile", "ARG PYTHON=3.12", "ARG PYTHON=3.10", "found 3.10"),
+    ("config/quickstart.toml", "limit = 1000", "limits = 1000", "limits; did you mean limit?"),
+    ("config/nightly.toml", "top_k = 5 ", "top_k = 0 ", "top_k"),
+    (
+        "config/backfill.toml",
+        "  # share of images: old corners of a bucket hold what no night has ever seen",
+        "",
+        "nothing is said of max_failed_fraction",
+    ),
+    ("config/backfill.toml", 'precision = "auto"', 'precision = "fp64"', "precision"),
+    ("config/evaluate.toml", "fraction = 1.0", "fractoin = 1.0", "fractoin; did you mean fraction?"),
+    ("config/evaluate.toml", "seed = 0", 'seed = "0"', "expected a number, found '0'"),
+    ("ray/cluster.yaml", "max_workers: 20", "max_worker: 20", "max_worker"),
+    ("ray/cluster.yaml", "InstanceType: c7i", "InstanceTyp: c7i", 'Unknown parameter in input: "InstanceTyp"'),
+    ("ray/cluster.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "RAY_AUTH_MODE=token"),
+    ("compose.yaml", "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
+    ("compose.yaml", "service_completed_successfully", "service_completed", "depends_on"),
+    ("compose.yaml", "127.0.0.1:9000:9000", "9000:9000", "is reached from elsewhere"),
+    ("compose.yaml", "--broken-fraction", "--broken-share", "--broken-share"),
+    ("compose.yaml", "--model demo", "--modle demo", "unknown flag --modle; did you mean --model?"),
+    ("install.sh", '"$PWD $version $project"', "$PWD $version $project", "SC2086"),
+    ("lock.sh", '"$@"', "$@", "SC2068"),
+    ("quickstart.sh", "\nfi\n", "\n", "SC1"),
+    ("test.sh", "set -euo pipefail", "set -eu", "goes on after an error"),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "problem"), BROKEN)
+def test_a_file_that_is_broken_on_purpose_is_refused(
+    name: str, right: str, wrong: str, problem: str, tmp_path: Path
+) -> None:
+    text = (INFRA / name).read_text()
+    assert right in text
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text(text.replace(right, wrong, 1))
+    assert problem in "\n".join(problems_of(copy))
+
+
+def test_every_file_has_a_check_and_was_broken_on_purpose() -> None:
+    assert {name for name, *_ in BROKEN} == set(files())
+    assert all(check_of(INFRA / name) for name in files())
+
+
+def fields(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where every name stands that is no free choice, as that of a label is."""
+    free = {"labels", "matchLabels", "annotations", "data", "nodeSelector", "rayStartParams", "limits", "requests"}
+    free |= {"environment", "services", "file_mounts"}
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if name.startswith("x-"):  # of Compose, and already where it is referred to
+                continue
+            if not free & set(where[-1:]):
+                yield (*where, name)
+            yield from fields(each, (*where, name))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from fields(each, (*where, number))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [each for each in files() if each.endswith(".yaml") and "raycronjob" not in each])
+def test_no_field_can_be_misspelt(name: str, tmp_path: Path) -> None:
+    """All but raycronjob.yaml: its template is rayjob.yaml's."""
+    copy = tmp_path / name
+    copy.parent.mkdir(exist_ok=True)
+    text = (INFRA / name).read_text()
+    unseen = []
+    for document in load(text):
+        for *where, last in fields(document):
+            broken = json.loads(json.dumps(document))
+            parent = broken
+            for each in where:
+                parent = parent[each]
+            parent[f"{last}x"] = parent.pop(last)
+            copy.write_text(json.dumps(broken))  # JSON is YAML
+            if is_right(copy):
+                unseen.append((*where, last))
+    assert unseen == []
 
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
 
 
 def test_there_are_pods_of_the_head_two_worker_groups_the_submitter_and_the_scheduler() -> None:
-    assert len(PODS) == 4 + 4 + 1
+    found = {
+        path.name: [pod for each in load(path.read_text()) for pod in pods(each)] for path in INFRA.glob("*/*.yaml")
+    }
+    assert {name: len(each) for name, each in found.items() if each} == {
+        "rayjob.yaml": 4,
+        "raycronjob.yaml": 4,
+        "cronjob.yaml": 1,
+    }
     assert [group["groupName"] for group in CLUSTER["workerGroupSpecs"]] == ["cpu", "gpu-spot"]
-
-
-@pytest.mark.parametrize("where", PODS)
-def test_no_pod_is_root_writes_to_its_root_or_can_become_more_than_it_is(where: str) -> None:
-    pod = PODS[where]
-    assert pod["securityContext"]["runAsNonRoot"]
-    assert pod["securityContext"]["runAsUser"] > 0
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    volumes = {each["name"] for each in pod["volumes"]}
-    for container in pod["containers"]:
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert container["resources"]["limits"]["memory"]
-        assert container["resources"]["requests"]["cpu"]
-        assert {each["name"] for each in container["volumeMounts"]} == volumes
-
-
-def test_every_cluster_has_a_token_and_the_version_of_ray_that_is_pinned() -> None:
-    assert CLUSTER["authOptions"] == {"mode": "token"}
-    (pinned,) = [re.search(r"==(\d+\.\d+)", each)[1] for each in PROJECT["dependencies"] if each.startswith("ray[")]  # type: ignore[index]
-    assert CLUSTER["rayVersion"].startswith(f"{pinned}.")
-    assert "RAY_AUTH_MODE=token" in DOCKERFILE
 
 
 def test_the_nightly_job_is_the_one_off_job() -> None:
@@ -111,129 +211,20 @@ def test_only_the_gpu_group_takes_gpus_and_it_may_be_empty() -> None:
     assert CLUSTER["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
-def test_the_command_and_the_config_map_are_ones_that_the_job_takes(tmp_path: Path) -> None:
-    command, *flags = documents("rayjob.yaml")["RayJob"]["spec"]["entrypoint"].split()
-    assert (ROOT / command).stat().st_mode & 0o111
-    (file,) = documents("common.yaml")["ConfigMap"]["data"].items()
-    (tmp_path / file[0]).write_text(file[1])
-    (mount,) = [
-        each["mountPath"]
-        for each in CLUSTER["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
-        if each["name"] == "config"
-    ]
-    assert flags == ["--config", f"{mount}/{file[0]}"]
-    config = load_config(["--config", str(tmp_path / file[0])], {})
-    assert (config.input, config.output, config.image_stats) == ("s3://shop/photos", "s3://shop-labels", True)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "infra" / "config").glob("*.toml")), ids=lambda path: path.stem)
-def test_an_example_config_is_one_that_the_job_takes_and_says_why_every_value_is_what_it_is(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ")
-    places = {"input": "s3://a", "output": "s3://b"}
-    given = tomllib.loads(path.read_text())
-    flags = [word for name, url in places.items() if name not in given for word in (f"--{name}", url)]
-    config = load_config(["--config", str(path), *flags], {})
-    for name, value in given.items():
-        assert config.model_dump(mode="json")[name] == value
-        (number,) = [number for number, line in enumerate(lines) if line.startswith(f"{name} = ")]
-        said = "# " in lines[number] or lines[number - 1].startswith("# ")
-        assert said or name in ("input", "output"), f"{path.name}: nothing is said of {name}"
-
-
-# --- virtual machines, one machine --------------------------------------------------------------------------------
-
-
-def test_ray_takes_the_cluster_of_virtual_machines_and_its_nodes_ask_for_a_token() -> None:
-    config = yaml.safe_load((ROOT / "infra" / "ray" / "cluster.yaml").read_text())
-    validate_config(prepare_config(config))
-    options = " ".join(config["docker"]["run_options"])
-    assert "RAY_AUTH_MODE=token" in options
-    (mounted,) = config["file_mounts"]
-    assert f"--volume {mounted}:/etc/ray-token:ro" in options
-    assert "RAY_AUTH_TOKEN_PATH=/etc/ray-token" in options
-    assert config["available_node_types"]["gpu-spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-
-
-def test_the_store_of_a_development_machine_is_reached_from_there_alone_and_its_jobs_take_their_flags() -> None:
-    compose = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
-    services = compose["services"]
-    published = [port for each in services.values() for port in each.get("ports", [])]
-    assert published
-    assert all(port.startswith("127.0.0.1:") for port in published)
-    for name in ("draw", "label"):
-        job = services[name]
-        assert job["read_only"]
-        assert job["cap_drop"] == ["ALL"]
-        assert (ROOT / "infra" / job["build"]["context"] / job["build"]["dockerfile"]).is_file()
-        python, script, *flags = job["command"].split()
-        assert python == "python"
-        assert (ROOT / script).is_file()
-    config = load_config(flags, {})
-    assert (config.input, config.output, config.model) == ("s3://pictures/in", "s3://labels/out", "demo")
-
-
-# --- image --------------------------------------------------------------------------------------------------------
-
-
-def test_the_image_takes_only_what_is_there_and_let_in() -> None:
-    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
-    names = {name for line in copied for name in line.split()}
-    assert names == let_in
-    assert all((ROOT / name).exists() for name in names)
-
-
-def test_the_image_has_a_python_that_is_supported_and_no_root() -> None:
-    (python,) = re.findall(r"^ARG PYTHON=(\S+)$", DOCKERFILE, re.MULTILINE)
-    assert SpecifierSet(PROJECT["requires-python"]).contains(f"{python}.0")
-    last_stage = DOCKERFILE.rpartition("\nFROM ")[2]
-    assert re.search(r"^USER [1-9]\d*$", last_stage, re.MULTILINE)
-    assert "--require-hashes -r requirements.lock" in DOCKERFILE
-    # The same line as in install.sh, so that both install the pinned torch.
-    assert r"""sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml""" in DOCKERFILE
+def test_the_config_map_is_the_one_that_the_cluster_mounts() -> None:
+    (name,) = documents("common.yaml")["ConfigMap"]["data"]
+    assert name == "nightly.toml"
+    (volume,) = [each for each in CLUSTER["headGroupSpec"]["template"]["spec"]["volumes"] if each["name"] == "config"]
+    assert volume["configMap"]["name"] == documents("common.yaml")["ConfigMap"]["metadata"]["name"]
 
 
 # --- rights -------------------------------------------------------------------------------------------------------
-
-
-def allowed_by(policy: Mapping[str, Any], action: str, resource: str) -> str | None:
-    """The Sid of the statement that allows it."""
-    for statement in policy["Statement"]:
-        actions, resources = (
-            value if isinstance(value, list) else [value] for value in (statement["Action"], statement["Resource"])
-        )
-        is_meant = action in actions and any(fnmatch.fnmatchcase(resource, each) for each in resources)
-        if is_meant and statement["Effect"] == "Allow":
-            return str(statement["Sid"])
-    return None
-
-
-def asked(requests: list[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The (action, resource) of each request, as IAM names them."""
-    found = set()
-    for method, path_and_query in requests:
-        path, _, query = path_and_query.partition("?")
-        bucket, _, key = path.lstrip("/").partition("/")
-        if not key and method == "GET" and "list-type=2" in query:
-            found.add(("s3:ListBucket", f"arn:aws:s3:::{bucket}"))
-        elif not key and method == "HEAD":
-            found.add(("s3:ListBucket", f"arn:aws:s3:::{bucket}"))  # HeadBucket needs that right
-        elif method == "POST" and "delete" in query:
-            found.add(("s3:DeleteObject", f"arn:aws:s3:::{bucket}/any"))
-        else:
-            action = {"GET": "GetObject", "HEAD": "GetObject", "PUT": "PutObject", "DELETE": "DeleteObject"}[method]
-            found.add((f"s3:{action}", f"arn:aws:s3:::{bucket}/{key}"))
-    return found
 
 
 @pytest.mark.slow
 def test_the_rights_of_the_job_the_janitor_and_readers_are_those_that_they_use(
     head: Head, s3: S3Server, tmp_path: Path
 ) -> None:
-    policies = {
-        name: json.loads((ROOT / "infra" / "iam" / f"{name}.json").read_text()) for name in ("job", "janitor", "reader")
-    }
     for bucket in ("shop", "shop-labels"):
         s3.client.create_bucket(Bucket=bucket)
     for number in range(70):
@@ -241,22 +232,35 @@ def test_the_rights_of_the_job_the_janitor_and_readers_are_those_that_they_use(
         s3.client.put_object(Bucket="shop", Key=f"photos/{file.path}", Body=file.data)
     model = str(checkpoints.write_small(tmp_path / "model"))
     nightly = ("--input", "s3://shop/photos", "--output", "s3://shop-labels", "--model", model, "--gpu-actors=1")
+    wanted: dict[str, set[tuple[str, str]]] = {}
 
-    def used(name: str, command: Any) -> set[str]:
+    def record(name: str, done: Callable[[], subprocess.CompletedProcess[str]]) -> None:
         before = len(s3.requests)
-        done = command()
-        assert done.returncode == 0, done.stderr
-        found = {each: allowed_by(policies[name], *each) for each in asked(s3.requests[before:])}
-        assert [each for each, sid in found.items() if sid is None] == []
-        return {sid for sid in found.values() if sid is not None}
+        ended = done()
+        assert ended.returncode == 0, ended.stderr
+        wanted.setdefault(name, set()).update(asked(s3.requests[before:]))
 
-    assert used("job", lambda: head.label_bucket(*nightly)) == {"ListBoth", "ReadPhotos", "ReadAndAddLabels"}
+    record("job", lambda: head.label_bucket(*nightly))
     s3.client.delete_object(Bucket="shop", Key=s3.client.list_objects_v2(Bucket="shop")["Contents"][0]["Key"])
-    used("job", lambda: head.label_bucket(*nightly, "--full"))
-    before = len(s3.requests)
+    record("job", lambda: head.label_bucket(*nightly, "--full"))
+    code = "from pipeline import storage, view; print(sum(map(len, view.batches(storage.connect('s3://shop-labels')))))"
+    command = [sys.executable, "-c", code]
+    record("reader", lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False))
     compaction = ("--output", "s3://shop-labels", "--keep-runs=1", "--grace-hours=0")
-    assert used("janitor", lambda: head.compact_labels(*compaction)) == {"ListLabels", "ReplaceAndRemoveLabels"}
-    refused = [each for each in asked(s3.requests[before:]) if allowed_by(policies["job"], *each) is None]
-    assert {action for action, _ in refused} == {"s3:DeleteObject"}
-    assert allowed_by(policies["reader"], "s3:GetObject", "arn:aws:s3:::shop-labels/labels/part.parquet")
-    assert not allowed_by(policies["reader"], "s3:PutObject", "arn:aws:s3:::shop-labels/labels/part.parquet")
+    record("janitor", lambda: head.compact_labels(*compaction))
+
+    for name in ("job", "janitor", "reader"):
+        policy = json.loads((INFRA / "iam" / f"{name}.json").read_text())
+        assert problems_of_rights(policy, wanted[name]) == []
+        for number, statement in enumerate(policy["Statement"]):
+            less = [each for place, each in enumerate(policy["Statement"]) if place != number]
+            assert problems_of_rights({"Statement": less}, wanted[name])
+            more = {**statement, "Action": "s3:PutObjectAcl"}
+            assert problems_of_rights({"Statement": [*policy["Statement"], more]}, wanted[name]) == [
+                f"{statement['Sid']}: nobody asked for s3:PutObjectAcl"
+            ]
+    job = json.loads((INFRA / "iam" / "job.json").read_text())
+    refused = problems_of_rights(job, wanted["janitor"])
+    assert {each.split(" on ")[0] for each in refused} - {"ReadPhotos: nobody asked for s3:GetObject"} == {
+        "does not allow s3:DeleteObject"
+    }

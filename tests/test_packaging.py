@@ -1,8 +1,10 @@
-"""Rules as tests: what installs, what starts, what imports what, and that the README is true of all of it."""
+"""Rules as tests: what installs, what starts, what imports what, and that README and CONTRIBUTING are true of it."""
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -19,9 +22,11 @@ from packaging.utils import canonicalize_name
 from pipeline import schema
 from pipeline.config import Config
 from pipeline.errors import FailureKind
+from pipeline.options import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 LOCK = (ROOT / "requirements.lock").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEPENDENCIES = [
@@ -59,6 +64,7 @@ ORDER = (
         "checkpoint",
         "config",
         "options",
+        "argument_file",
         "log",
     ),
     *(
@@ -255,11 +261,22 @@ def test_module_can_be_read_in_one_sitting(path: Path) -> None:
 # --- what the README says -----------------------------------------------------------------------------------------
 
 
-def section(title: str) -> str:
-    """The text of the README below this title, up to the next one."""
-    found = re.search(rf"^(##+) {re.escape(title)}\n(.*?)(?=^##|\Z)", README, re.MULTILINE | re.DOTALL)
+def section(title: str, page: str = README) -> str:
+    """The text below this title, up to the next one."""
+    found = re.search(rf"^(##+) {re.escape(title)}\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
     assert found, title
     return found[2]
+
+
+def prose(page: str) -> str:
+    """Markdown without its blocks of code, in which a # is no title."""
+    return re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """What a link to a title of this page may end with, by the rules of the pages of GitHub."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def columns(text: str) -> dict[str, str]:
@@ -295,10 +312,17 @@ def test_readme_explains_every_kind_of_failure() -> None:
     assert set(columns(section("Kinds of failure"))) == {str(kind) for kind in FailureKind}
 
 
-def test_readme_says_what_every_file_of_the_code_is_for() -> None:
+def test_contributing_says_what_every_file_of_the_code_is_for() -> None:
     files = [each for folder in ("jobs", "pipeline", "infra") for each in (ROOT / folder).glob("*.*")]
     expected = {path.name for path in files if path.suffix in (".py", ".sh") and path.stem != "__init__"}
-    assert set(re.findall(r"^  (\w+\.\w+) ", section("Map of the code"), re.MULTILINE)) == expected
+    assert set(re.findall(r"^  (\w+\.\w+) ", section("Map of the code", CONTRIBUTING), re.MULTILINE)) == expected
+
+
+def test_the_map_of_the_code_has_the_modules_in_their_order() -> None:
+    listed = re.findall(
+        r"^  (\w+)\.py ", section("Map of the code", CONTRIBUTING).partition("\npipeline/")[2], re.MULTILINE
+    )
+    assert tuple(listed) == ORDER
 
 
 def test_readme_gives_a_reason_for_every_dependency() -> None:
@@ -313,10 +337,92 @@ def test_readme_names_the_exit_codes_that_help_names() -> None:
     ).stdout
     codes = re.findall(r"^ +(\d+)  \w", help_text, re.MULTILINE)
     assert len(codes) == 6
-    assert set(codes) | {"1"} == set(re.findall(r"^\| (\d+) \|", section("Every night"), re.MULTILINE))
+    assert set(codes) | {"1"} == set(re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE))
 
 
-def test_readme_gives_commands_that_exist() -> None:
-    named = re.findall(r"\b((?:infra|jobs)/\w+\.\w+)", README)
-    assert {"infra/quickstart.sh", "infra/test.sh", "jobs/label_bucket.py"} <= set(named)
+@pytest.mark.parametrize("page", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_page_names_files_that_exist(page: str) -> None:
+    named = re.findall(r"(?<![\w/])((?:infra|jobs|tests|pipeline)/[\w/]+\.\w+)", page)
+    assert {"infra/test.sh"} <= set(named)
     assert {each for each in named if not (ROOT / each).is_file()} == set()
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    assert re.findall(r"^(bash \S+)", section("Two commands"), re.MULTILINE) == [
+        "bash infra/quickstart.sh",
+        "bash infra/test.sh",
+    ]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+def test_links_of_page_lead_to_titles_and_files_that_exist(path: Path) -> None:
+    page = path.read_text()
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_titles_of_readme_have_anchors_of_their_own() -> None:
+    assert len(anchors(README)) == len(re.findall(r"^#+ ", prose(README), re.MULTILINE))
+
+
+def test_picture_of_readme_is_small_enough_for_its_front_page() -> None:
+    pictures = re.findall(r"!\[.{40,}?\]\((\S+)\)", README)
+    assert [(ROOT / each).stat().st_size < 400_000 for each in pictures] == [True]
+
+
+def test_tables_for_athena_have_the_columns_of_every_published_folder() -> None:
+    statements = re.findall(
+        r"CREATE EXTERNAL TABLE (\w+) \(\n(.*?)\n\)\n(.*?);$", section("Athena"), re.MULTILINE | re.DOTALL
+    )
+    labels = schema.labels(64)
+    wanted = {"labels": labels, "snapshots": labels, "failures": schema.FAILURES, "deletions": schema.DELETIONS}
+    assert [name for name, _, _ in statements] == list(wanted)
+    for name, columns_text, rest in statements:
+        assert columns_text.replace(",", " ").split() == [
+            word for field in wanted[name] for word in (field.name, athena_type(field.type))
+        ]
+        assert f"LOCATION 's3://shop-labels/{name}/'" in rest
+    (partitions,) = re.findall(r"PARTITIONED BY \((.*)\)", statements[0][2])
+    assert re.findall(r"(\w+) string", partitions) == re.findall(
+        r"/(\w+)=", section("What you get").partition("\n  failures")[0]
+    )
+    assert set(re.findall(r"'projection\.(\w+)\.type'", statements[0][2])) == {"space", "run_date"}
+
+
+def athena_type(kind: pa.DataType) -> str:
+    """What Athena, with Hive's names of types, calls a type of a Parquet column."""
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"array<{athena_type(kind.value_type)}>"
+    if pa.types.is_timestamp(kind):
+        return "timestamp"
+    return {"int32": "int", "int64": "bigint", "float": "float", "string": "string", "bool": "boolean"}[str(kind)]
+
+
+def test_steps_of_readme_put_names_of_ones_own_wherever_they_are_needed(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "infra", tmp_path / "infra")
+    steps = section("Run it on your cluster")
+    lines = re.findall(r"^(?:PHOTOS=|IMAGE=|sed -i ).*$", steps, re.MULTILINE)
+    assert len(lines) == 5
+    # Only the lines that edit files: what they talk to is not here.
+    subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=tmp_path, check=True)
+    (dry_run,) = re.findall(r"^job=\$\((sed .*) \| kubectl", steps, re.MULTILINE)
+    one_off = subprocess.run(["bash", "-euc", dry_run], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    edited = "".join(
+        path.read_text() for folder in ("iam", "kubernetes") for path in sorted((tmp_path / "infra" / folder).iterdir())
+    )
+    assert re.findall(r"shop|123456789012|label-bucket:cuda", edited) == []
+    policy = json.loads((tmp_path / "infra" / "iam" / "job.json").read_text())
+    (resource,) = [each["Resource"] for each in policy["Statement"] if each["Sid"] == "ReadPhotos"]
+    assert resource == "arn:aws:s3:::my-photos/catalogue/*"
+    common = yaml.safe_load_all((tmp_path / "infra" / "kubernetes" / "common.yaml").read_text())
+    (toml,) = [each["data"]["nightly.toml"] for each in common if each["kind"] == "ConfigMap"]
+    (tmp_path / "nightly.toml").write_text(toml)
+    command = yaml.safe_load(one_off)["spec"]["entrypoint"].split()
+    config = load_config(["--config", str(tmp_path / "nightly.toml"), *command[3:]], {})
+    assert (config.input, config.output, config.dry_run) == ("s3://my-photos/catalogue", "s3://my-labels", True)

@@ -235,6 +235,12 @@ def test_a_broken_rule_is_found(right: str, wrong: str, problem: str) -> None:
         ('"x": 8,', '"x": 4,', "lies over another"),
         ('"unit": "percentunit"', '"unit": ""', "without a unit"),
         ('"panels": [', '"panels": ', "no dashboard"),
+        ('"gridPos"', '"gridPosition"', "panel 1: lacks ['gridPos']"),
+        (
+            "label_values(ray_label_bucket_parts_total, output)",
+            "label_values(ray_label_bucket_parts_total, out)",
+            "by out",
+        ),
     ],
 )
 def test_a_broken_dashboard_is_found(right: str, wrong: str, problem: str) -> None:
