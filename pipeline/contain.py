@@ -5,13 +5,15 @@ ended. A module of its own because a codec cannot be stopped from within: a segm
 end or block the worker, and the engine would try the same unit again for ever.
 
 The child is a program of its own (no fork: locks and clients of the worker must not be copied), lives as long as the
-worker does, and is told its limits by the kernel: address space, processor time per image, no core files.
+worker does, and is told its limits by the kernel: address space, processor time per image, no core files. Bytes and
+pixels go through memory that both have, and only their lengths and facts through a pipe.
 """
 
 import contextlib
 import functools
 import itertools
 import json
+import mmap
 import os
 import pickle
 import resource
@@ -29,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint import PreprocessMode
+from pipeline.decode import too_large
 from pipeline.errors import FailureKind, ImageError
 from pipeline.image_stats import ImageStats
 from pipeline.picture import Facts, Recipe, make_picture
@@ -36,7 +39,7 @@ from pipeline.picture import Facts, Recipe, make_picture
 # A child for every core: one thread each, which also reserve address space of their own.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 MAX_START_S = 300
-_PROGRAM = "import sys; from pipeline import contain; contain.serve(int(sys.argv[1]))"
+_PROGRAM = "import sys; from pipeline import contain; contain.serve(*map(int, sys.argv[1:]))"
 
 
 class Child:
@@ -50,19 +53,20 @@ class Child:
         self._recipe = recipe
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
+        self._shared: _Shared | None = None
         self._num_sent = 0
 
     def make_picture(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
         """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_timeout or decode_oom."""
-        pipe = self._started()
+        if len(data) > self._recipe.limits.max_bytes:
+            raise too_large(len(data), self._recipe.limits)
+        pipe, shared = self._started()
         try:
             self._num_sent += 1
-            pipe.send_bytes(data)
+            shared.encoded[: len(data)] = data
+            pipe.send_bytes(_LENGTH.pack(len(data)))
             facts = _facts(pipe.recv_bytes(), self._num_sent)
-            edge_px = self._recipe.spec.input_px
-            pixels = np.empty((edge_px, edge_px, 3), np.uint8)
-            pipe.recv_bytes_into(pixels.reshape(-1).data)
-            return pixels, facts
+            return shared.pixels.copy(), facts
         except BlockingIOError:
             self.close()
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
@@ -82,30 +86,35 @@ class Child:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._pipe = None
+        self._process = self._pipe = self._shared = None
 
     __del__ = close
 
-    def _started(self) -> Connection:
-        if self._pipe is None:
+    def _started(self) -> tuple[Connection, "_Shared"]:
+        if self._pipe is None or self._shared is None:
             ours, theirs = socket.socketpair()
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-                    env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
+            memory = os.memfd_create("image")
+            try:
+                self._shared = _Shared(memory, self._recipe)
+                with theirs:
+                    fds = [theirs.fileno(), memory]
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-c", _PROGRAM, *map(str, fds)],
+                        env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                        pass_fds=fds,
+                        stdin=subprocess.DEVNULL,
+                    )
+            finally:
+                os.close(memory)
             ours.settimeout(MAX_START_S)
             ours.recv(1)  # it is there: how long that takes is no property of an image
             ours.settimeout(None)
             max_wall = _timeval(self._recipe.limits.max_wall_s)
-            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):  # then BlockingIOError, also in the middle of bytes
-                ours.setsockopt(socket.SOL_SOCKET, option, max_wall)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, max_wall)  # then BlockingIOError
             self._pipe = Connection(ours.detach())
             self._pipe.send_bytes(pickle.dumps(self._recipe))
             self._num_sent = 0
-        return self._pipe
+        return self._pipe, self._shared
 
     def _ending(self) -> ImageError:
         """Why the child is gone, as the failure of the image that it had."""
@@ -128,6 +137,22 @@ class Child:
         return ImageError(kind, why, stage="decode")
 
 
+_LENGTH = struct.Struct("@Q")
+
+
+class _Shared:
+    """Memory of the worker and its child: an image on its way there, and the pixels on their way back. Its pages are
+    real once they are written: room for the largest image allowed costs nothing."""
+
+    def __init__(self, fileno: int, recipe: Recipe) -> None:
+        edge_px, max_bytes = recipe.spec.input_px, recipe.limits.max_bytes
+        num_bytes = max_bytes + edge_px * edge_px * 3
+        os.ftruncate(fileno, num_bytes)
+        memory = memoryview(mmap.mmap(fileno, num_bytes))
+        self.encoded = memory[:max_bytes]
+        self.pixels = np.frombuffer(memory[max_bytes:], np.uint8).reshape(edge_px, edge_px, 3)
+
+
 @functools.lru_cache(maxsize=len(get_args(PreprocessMode)))
 def child_of(recipe: Recipe) -> Child:
     """This worker's child for a recipe, kept because starting one takes half a second. A night has one recipe; an
@@ -136,23 +161,24 @@ def child_of(recipe: Recipe) -> Child:
     return Child(recipe)
 
 
-def serve(fileno: int) -> None:
+def serve(fileno: int, memory_fileno: int) -> None:
     """The child's program: pictures until the end of input."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.write(fileno, b"!")
     with Connection(fileno) as pipe, contextlib.suppress(EOFError):
         recipe: Recipe = pickle.loads(pipe.recv_bytes())
+        shared = _Shared(memory_fileno, recipe)
         _limit_address_space(recipe.limits.max_address_bytes)
         for number in itertools.count(1):
-            data = pipe.recv_bytes()
+            (num_bytes,) = _LENGTH.unpack(pipe.recv_bytes())
+            data = bytes(shared.encoded[:num_bytes])
             _limit_cpu_time(recipe.limits.max_cpu_s)
             try:
-                pixels, facts = make_picture(data, recipe)
+                shared.pixels[:], facts = make_picture(data, recipe)
             except ImageError as error:
                 pipe.send_bytes(_json(number=number, kind=error.kind, message=str(error)))
                 continue
             pipe.send_bytes(_json(number=number, size_px=facts.size_px, stats=facts.stats))
-            pipe.send_bytes(pixels.reshape(-1).data)  # flat: a connection counts rows, not bytes
 
 
 def _json(**values: object) -> bytes:

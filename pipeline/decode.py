@@ -198,12 +198,17 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
+def too_large(num_bytes: int, limits: DecodeLimits) -> ImageError:
+    """The failure of so many encoded bytes."""
+    return _failure(FailureKind.TOO_LARGE, f"expected at most {limits.max_bytes} bytes, found {num_bytes}")
+
+
 def _admit(data: bytes, limits: DecodeLimits) -> str:
     """Name of the format of `data` if a codec may see it."""
     if not data:
         raise _failure(FailureKind.EMPTY, "expected an image, found 0 bytes")
     if len(data) > limits.max_bytes:
-        raise _failure(FailureKind.TOO_LARGE, f"expected at most {limits.max_bytes} bytes, found {len(data)}")
+        raise too_large(len(data), limits)
     name = sniff(data)
     if name is None:
         raise _failure(

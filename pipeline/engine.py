@@ -20,6 +20,11 @@ from pipeline.errors import LabelBucketError
 from pipeline.tasks import FILE_TASK, in_order
 
 _log = logging.getLogger("label_bucket")
+KEEP_IDLE_WORKERS_MS = "60000"
+"""How long the engine keeps worker processes of which it has more than CPUs; its default is one second. Tasks that take
+a fraction of a CPU are more than CPUs, and those that commit come every few seconds: on 2 cores each unit then paid for
+new processes and their imports, 2 of 5.9 ms of processor time per image. A setting of nodes: here it reaches only a Ray
+of this process's own; the image of `infra/` has it too."""
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """`itertools.starmap`, or something that gives the same from elsewhere."""
 
@@ -29,6 +34,7 @@ def start() -> None:
     KeyboardInterrupt."""
     # The engine's core prints an error for every actor pool (ray-project/ray#53727) that means nothing here.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", KEEP_IDLE_WORKERS_MS)
     import ray.data
 
     if not ray.is_initialized():

@@ -66,6 +66,8 @@ def preprocess(
         raise ValueError(f"expected an image of mode RGB from decode, found {image.mode} of size {image.size}")
     width_px, height_px = _resized_size(full_size or image.size, spec)
     if spec.mode == "fast" and spec.resize != "none" and (spec.crop_px or 0) <= min(width_px, height_px):
+        return _resize_into_crop(image, (width_px, height_px), spec, reducing_gap=_REDUCING_GAP)
+    if _is_crop_exact(image.size, spec):
         return _resize_into_crop(image, (width_px, height_px), spec)
     if spec.crop_px is None:
         return np.array(image.resize((width_px, height_px), spec.resample))
@@ -156,7 +158,29 @@ def _crop_offset(edge_px: int, crop_px: int, mode: PreprocessMode) -> int:
     return round((edge_px - crop_px) / 2) if mode == "paper" else (edge_px - crop_px) // 2
 
 
-def _resize_into_crop(image: Image.Image, resized_size: tuple[int, int], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
+def _is_crop_exact(size: tuple[int, int], spec: PreprocessSpec) -> bool:
+    """Whether `_resize_into_crop` gives every bit of a resize to all of the size and a crop after it.
+
+    It does where the box's edges are float32 numbers without rounding, as Pillow takes them (a resize to a power of
+    two), and where Pillow makes its horizontal pass first and then its vertical one in both: to a square, of an image
+    that is not upright. Of taller ones it decides by the cost of the passes, which a box changes; and it leaves out the
+    pass of an edge that has its length already. Saves a fifth of a resize to 256 and crop of 224 px.
+    """
+    height_px, width_px = spec.resize_hw_px
+    return (
+        spec.resize == "squash"
+        and spec.crop_px is not None
+        and spec.crop_px <= width_px == height_px
+        and width_px.bit_count() == 1
+        and size[0] * width_px < 2**24
+        and size[0] >= size[1]
+        and width_px not in size
+    )
+
+
+def _resize_into_crop(
+    image: Image.Image, resized_size: tuple[int, int], spec: PreprocessSpec, reducing_gap: float | None = None
+) -> npt.NDArray[np.uint8]:
     """Only the pixels that the crop keeps: resized by the same filter, from the same places, in one step."""
     crop_px = spec.crop_px or spec.input_px
     box: list[float] = []
@@ -165,7 +189,7 @@ def _resize_into_crop(image: Image.Image, resized_size: tuple[int, int], spec: P
         box += [offset_px * edge_px / resized_px, (offset_px + crop_px) * edge_px / resized_px]
     left, right, top, bottom = box
     return np.array(
-        image.resize((crop_px, crop_px), spec.resample, box=(left, top, right, bottom), reducing_gap=_REDUCING_GAP)
+        image.resize((crop_px, crop_px), spec.resample, box=(left, top, right, bottom), reducing_gap=reducing_gap)
     )
 
 

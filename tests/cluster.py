@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import engine
+
 ROOT = Path(__file__).resolve().parent.parent
 JOB = ROOT / "jobs" / "label_bucket.py"
 _START_DEADLINE_S = 120
@@ -167,6 +169,7 @@ def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterat
         # A job's `python` is the first one on the head's PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_idle_worker_killing_time_threshold_ms": engine.KEEP_IDLE_WORKERS_MS,
         "OMP_NUM_THREADS": "1",
     }
     command = [

@@ -122,15 +122,14 @@ def test_a_child_that_dies_is_the_failure_of_the_image_that_it_had(
     assert pid_of(child) != victim
 
 
-def test_a_child_that_hangs_is_ended_at_the_wall_clock_and_so_is_one_that_does_not_even_read() -> None:
+def test_a_child_that_hangs_and_does_not_even_read_is_ended_at_the_wall_clock() -> None:
     child = child_with(replace(DEFAULT_LIMITS, max_wall_s=0.5))
-    for data in (GOOD, bytes(20 * 2**20)):  # more than the pipe takes
-        with pytest.raises(ImageError, match="found 0 bytes"):  # which starts it
-            child.make_picture(b"")
-        os.kill(pid_of(child), signal.SIGSTOP)
-        started_s = time.monotonic()
-        assert kind_of(child, data) is FailureKind.DECODE_TIMEOUT
-        assert time.monotonic() - started_s < 10
+    with pytest.raises(ImageError, match="found 0 bytes"):  # which starts it
+        child.make_picture(b"")
+    os.kill(pid_of(child), signal.SIGSTOP)
+    started_s = time.monotonic()
+    assert kind_of(child, GOOD) is FailureKind.DECODE_TIMEOUT
+    assert time.monotonic() - started_s < 10
     child._recipe = RECIPE
     check_it_still_works(child)
     child.close()

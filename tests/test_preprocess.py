@@ -17,7 +17,7 @@ from pipeline.checkpoint import PreprocessMode, PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS, decode, decode_at_least
 from pipeline.errors import ConfigError
 from pipeline.picture import Recipe, make_picture
-from pipeline.preprocess import least_edge_px, preprocess, spec_from_config
+from pipeline.preprocess import _is_crop_exact, least_edge_px, preprocess, spec_from_config
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 # The text of facebook/deit-*'s files, and of fine-tunes made with ViT's feature extractor, as of 2021.
@@ -236,6 +236,30 @@ def test_a_narrow_image_is_resized_around_the_crop_as_if_it_were_resized_whole(s
     spec = spec_from_config(DEIT_2021, mode="paper", input_px=224)
     expected = torchvision_formula(photo, 256, 224).astype(int)
     assert np.abs(preprocess(photo, spec) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("resample", Image.Resampling)
+def test_resizing_only_what_the_crop_keeps_changes_no_bit(resample: Image.Resampling) -> None:
+    spec = spec_from_config(DEIT_2021 | {"resample": int(resample)}, mode="checkpoint", input_px=224)
+    random = np.random.default_rng(int(resample))
+    edges_px = random.integers(1, 600, (60, 2)).tolist() + [
+        [1, 1],
+        [404, 256],
+        [256, 200],
+        [9000, 30],
+        [65535, 2],
+        [800, 799],
+    ]
+    num_exact = 0
+    for edge_px, other_px in edges_px:
+        for size in ((edge_px, other_px), (other_px, edge_px)):
+            # Of extreme values only, whose overshoots are cut: then the order of the passes matters most.
+            black_or_white = random.integers(0, 2, (size[1], size[0], 3), np.uint8) * 255
+            image = Image.fromarray(black_or_white)
+            whole = np.array(image.resize((256, 256), resample).crop((16, 16, 240, 240)))
+            np.testing.assert_array_equal(preprocess(image, spec), whole, err_msg=str(size))
+            num_exact += _is_crop_exact(size, spec)
+    assert num_exact >= len(edges_px) - 2
 
 
 def test_an_image_that_is_not_rgb_is_refused() -> None:
