@@ -1,8 +1,8 @@
 """A URL -> its store, with list, get, put and put_if_absent.
 
-Three stores behind one protocol: S3 and local folders can be inputs and outputs of nights, anything else that fsspec
-can open is an input, because `put_if_absent` (the one primitive every commit rests on) is known to be safe on the
-first two.
+Stores behind one protocol: S3 and local folders can be inputs and outputs of nights, the clouds of Google and Azure and
+anything else that fsspec can open are inputs, because `put_if_absent` (the one primitive every commit rests on) is
+known to be safe on the first two.
 This and the `store` modules are the only ones that know fsspec and s3fs, and the only ones that retry.
 """
 

@@ -1,8 +1,8 @@
 """Objects in Google Cloud Storage and Azure Blob Storage, through the clients that gcsfs and adlfs build: inputs.
 
 A module of its own because these two tell versions of an object apart, and fsspec's own interface does not: it cannot
-say which version to read, keeps what it listed, and loses keys that are no paths (`a//b`). Where to ask and as whom is
-what the two packages find in their standard variables, in every process.
+say which version to read, keeps what it listed, and cannot list keys that are no paths (`a//b`). Where to ask and as
+whom is what the two packages find in their standard variables, in every process.
 """
 
 import functools
