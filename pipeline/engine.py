@@ -83,7 +83,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 def quieten() -> None:
     """Let no library tell about every request it makes."""
-    for name in ("botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs"):
+    for name in ("botocore", "aiobotocore", "httpx", "huggingface_hub", "filelock", "fsspec", "s3fs", "gcsfs", "azure"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -1,8 +1,8 @@
 """A URL -> its store, with list, get, put and put_if_absent.
 
-Three stores behind one protocol: S3 and local folders can be inputs and outputs of nights, anything else that fsspec
-can open is an input, because `put_if_absent` (the one primitive every commit rests on) is known to be safe on the
-first two.
+Stores behind one protocol: S3 and local folders can be inputs and outputs of nights, the clouds of Google and Azure and
+anything else that fsspec can open are inputs, because `put_if_absent` (the one primitive every commit rests on) is
+known to be safe on the first two.
 This and the `store` modules are the only ones that know fsspec and s3fs, and the only ones that retry.
 """
 
@@ -15,6 +15,7 @@ import fsspec
 from pipeline import members
 from pipeline.errors import AbsentError, ConfigError
 from pipeline.store import MAX_PUT_BYTES, ObjectInfo, Source, Store, describe
+from pipeline.store_cloud import AZ, GS, AzStore, GsStore
 from pipeline.store_container import ContainerStore
 from pipeline.store_fsspec import FsspecStore
 from pipeline.store_local import LocalStore
@@ -43,7 +44,8 @@ def connect(url: str) -> Store:
         return S3Store(root)
     if root.startswith("file://"):
         return LocalStore(root)
-    return FsspecStore(root)
+    scheme = root.partition("://")[0]
+    return GsStore(root) if scheme in GS else AzStore(root) if scheme in AZ else FsspecStore(root)
 
 
 def connect_input(url: str, manifest_url: str | None = None) -> Source:
@@ -69,13 +71,12 @@ def connect_input(url: str, manifest_url: str | None = None) -> Source:
 
 def connect_output(url: str) -> Store:
     """The store below `url`, where results can be committed safely; ConfigError for others."""
-    store = connect(url)
-    if isinstance(store, FsspecStore):
+    if not normalize(url).startswith(("s3://", "file://")):
         raise ConfigError(
             f"--output must be an s3:// URL or a local folder, found {url}: other stores are not known to create an"
             " object exactly once"
         )
-    return store
+    return connect(url)
 
 
 def normalize(url: str) -> str:
@@ -95,6 +96,8 @@ def normalize(url: str) -> str:
         if not path.partition("/")[0]:
             raise ConfigError(f"expected s3://bucket/prefix, found no bucket in {url}")
         return f"s3://{path.rstrip('/')}"
+    if scheme in (*GS, *AZ) and not path.partition("/")[0]:
+        raise ConfigError(f"expected {scheme}://bucket/prefix, found no bucket in {url}")
     if scheme not in fsspec.available_protocols():
         raise ConfigError(f"expected a local path, s3:// or another URL that fsspec can open, found {url}")
     return f"{scheme}://{path.rstrip('/')}"

@@ -37,7 +37,7 @@ BAD_URI = "label-bucket: bad uri"
 """The storage class of what a manifest says that can be no object below the input."""
 UNREADABLE = "label-bucket: unreadable"
 """The storage class of a member of a container, or of what stands for all of it, that cannot be read there."""
-_ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+_ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE", "Archive"})  # of S3, of Azure
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 RepeatCause = Literal["throttled", "server", "timeout", "connection", "unstable", "other"]
 """Why a request is asked again: 429 or 503, another status from 500 on, no answer in time, no whole answer at all,

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import store
-from pipeline.errors import AbsentError, ConfigError, ForbiddenError, UnstableError
+from pipeline.errors import AbsentError, ChangedError, ConfigError, ForbiddenError
 from pipeline.store import AgainError, ObjectInfo, describe, reread_unstable, until_deadline
 
 _T = TypeVar("_T")
@@ -35,7 +35,7 @@ class FsspecStore:
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """See Store. Folder by folder, each sorted so that the whole is in byte order."""
         page: list[ObjectInfo] = []
-        for info in self._walk(self._path, "", start_after):
+        for info in self._objects(prefix, start_after):
             if info.key.startswith(prefix) and info.key.encode() > start_after.encode():
                 page.append(info)
                 if len(page) == store.PAGE_OBJECTS:
@@ -43,6 +43,10 @@ class FsspecStore:
                     page = []
         if page:
             yield page
+
+    def _objects(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        """Objects in byte order, at least those that `list_pages` asks for."""
+        return self._walk(self._path, "", start_after)
 
     def _walk(self, folder: str, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         what = f"list {self.root}/{prefix}"
@@ -93,29 +97,35 @@ class FsspecStore:
         return self._info(key, entry)
 
     def get(self, key: str, *, listed: ObjectInfo | None = None, deadline_s: float = store.DEADLINE_S) -> bytes:
-        """See Store. These stores offer no conditional read: only the length tells that an object changed."""
+        """See Store. Where `_read` has no conditions only the length tells that an object changed."""
         what = f"get {self.root}/{key}"
 
         def attempt() -> bytes:
-            data = self._guard(what, self._filesystem.cat_file, f"{self._path}/{key}")
-            assert isinstance(data, bytes)
-            if listed is not None and len(data) != listed.size_bytes:
-                raise UnstableError(f"{what}: {len(data)} bytes arrived, {listed.size_bytes} are listed")
+            data = self._read(what, deadline_s, key, listed and listed.etag)
+            if listed is not None:
+                store.check_size(data, listed, what)
             return data
 
         return reread_unstable(attempt, what, deadline_s)
 
     def get_range(self, listed: ObjectInfo, begin: int, end: int, *, deadline_s: float = store.DEADLINE_S) -> bytes:
-        """See Store. Another version of the object is not noticed here: its members do not decode, or it ends early."""
-        what, path = f"get {self.root}/{listed.key} from byte {begin:,}", f"{self._path}/{listed.key}"
+        """See Store. Where `_read` has no conditions members of another version do not decode, or it ends early."""
+        what = f"get {self.root}/{listed.key} from byte {begin:,}"
 
         def attempt() -> bytes:
-            data = self._guard(what, self._filesystem.cat_file, path, start=begin, end=end)
-            assert isinstance(data, bytes)
+            data = self._read(what, deadline_s, listed.key, listed.etag, begin, end)
             store.check_range(data, begin, end, what)
             return data
 
         return reread_unstable(attempt, what, deadline_s) if end > begin else b""
+
+    def _read(
+        self, what: str, deadline_s: float, key: str, etag: str | None, begin: int | None = None, end: int | None = None
+    ) -> bytes:
+        """The object's bytes, or those from `begin` up to `end`; there are no conditional reads here."""
+        data = self._guard(what, self._filesystem.cat_file, f"{self._path}/{key}", start=begin, end=end)
+        assert isinstance(data, bytes)
+        return data
 
     def put(self, key: str, data: bytes) -> None:
         """See Store. Whether readers may see a part of it depends on the filesystem."""
@@ -154,10 +164,14 @@ def _translate(error: Exception, what: str) -> Exception:
     status = _status(error)
     if status == 404 or (status is None and isinstance(error, FileNotFoundError | NotADirectoryError)):
         return AbsentError(f"{what}: not found")
-    if status in (401, 403) or (status is None and isinstance(error, PermissionError)):
+    # gcsfs tells a 403 from other errors by its text alone.
+    is_refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")
+    if status in (401, 403) or (status is None and is_refused):
         return ForbiddenError(f"{what}: permission denied; check the identity's policy and the URL")
+    if status == 412:
+        return ChangedError(f"{what}: it is no longer the object that was listed")
     if status is None and isinstance(error, TimeoutError):
-        return AgainError(describe(error), "timeout")
+        return AgainError("no complete answer in time", "timeout")
     return AgainError(describe(error), store.cause_of_status(status or 0))
 
 

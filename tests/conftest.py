@@ -6,9 +6,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+import cloud_servers
 import effort
 import pytest
 import servers
+from cloud_servers import CloudServer
 from cluster import Head, running_head
 from servers import Fault, S3Server
 
@@ -37,6 +39,24 @@ def s3() -> Iterator[S3Server]:
         store_s3._build_s3.cache_clear()
         yield server
         store_s3._build_s3.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def gs() -> Iterator[CloudServer]:
+    """A server of Google Cloud Storage, and the standard variable that leads to it."""
+    with pytest.MonkeyPatch.context() as patch, cloud_servers.serve_gs() as server:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def az() -> Iterator[CloudServer]:
+    """A server of Azure Blob Storage, and the standard variable that leads to it."""
+    with pytest.MonkeyPatch.context() as patch, cloud_servers.serve_az() as server:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="session")

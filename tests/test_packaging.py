@@ -55,6 +55,7 @@ ORDER = (
         "store_s3",
         "store_local",
         "store_fsspec",
+        "store_cloud",
         "range_file",
         "members",
         "store_container",
@@ -225,8 +226,13 @@ def test_module_imports_only_from_modules_before_it(name: str) -> None:
 
 
 def test_only_the_modules_that_choose_and_read_stores_know_fsspec() -> None:
-    stores = {f"pipeline/{name}.py" for name in ("storage", "store_s3", "store_s3_get", "store_local", "store_fsspec")}
-    allowed = {*stores, "pipeline/config.py", "pipeline/listing.py", "jobs/draw_images.py"}
+    names = ("storage", "store_s3", "store_s3_get", "store_local", "store_fsspec", "store_cloud")
+    allowed = {
+        *(f"pipeline/{name}.py" for name in names),
+        "pipeline/config.py",
+        "pipeline/listing.py",
+        "jobs/draw_images.py",
+    }
     assert importers("fsspec", "s3fs", "botocore") <= allowed
 
 

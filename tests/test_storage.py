@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from cloud_servers import CloudServer
 
 from pipeline import storage, store
 from pipeline.errors import (
@@ -55,6 +57,11 @@ def _place(kind: str, request: pytest.FixtureRequest) -> Place:
         return Place(
             kind, f"{url}/in/put", lambda key, data: client.put_object(Bucket=name, Key=f"in/put/{key}", Body=data)
         )
+    if kind in ("gs", "az"):
+        server: CloudServer = request.getfixturevalue(kind)
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        server.create_bucket(name)
+        return Place(kind, f"{kind}://{name}/in/put", lambda key, data: server.write(name, f"in/put/{key}", data))
     folder: Path = request.getfixturevalue("tmp_path") / "in put"
     if kind == "local":
         folder.mkdir()
@@ -65,8 +72,14 @@ def _place(kind: str, request: pytest.FixtureRequest) -> Place:
     return Place(kind, f"memory:/{root}", lambda key, data: memory.pipe_file(f"{root}/{key}", data))
 
 
-@pytest.fixture(params=["s3", "local", "memory"])
+@pytest.fixture(params=["s3", "local", "memory", "gs", "az"])
 def place(request: pytest.FixtureRequest) -> Place:
+    return _place(request.param, request)
+
+
+@pytest.fixture(params=["s3", "local", "gs", "az"])
+def versioned(request: pytest.FixtureRequest) -> Place:
+    """Where another version of an object is noticed, whatever it is."""
     return _place(request.param, request)
 
 
@@ -117,8 +130,9 @@ assert max(len(key.encode()) for key in ODD_KEYS) == 900
 
 
 def test_keys_of_any_characters_are_listed_in_utf8_order_and_read_back(place: Place) -> None:
-    # moto, not S3, answers 404 to a key with a line break.
-    expected = sorted((key for key in ODD_KEYS if place.kind != "s3" or "\n" not in key), key=str.encode)
+    # moto, not S3, answers 404 to a key with a line break; of a backslash Azurite makes a slash.
+    without = {"s3": "\n", "az": "\\"}.get(place.kind)
+    expected = sorted((key for key in ODD_KEYS if without is None or without not in key), key=str.encode)
     for key in expected:
         place.write(key, key.encode())
     found = listed(place.store)
@@ -163,18 +177,18 @@ def test_an_object_looked_at_by_itself_is_what_the_listing_says(place: Place) ->
             place.store.stat(absent)
 
 
-def test_a_range_of_an_object_is_read_and_another_version_of_it_is_not(output: Place) -> None:
-    output.write("a/b", bytes(range(200)))
-    (info,) = listed(output.store)
-    assert output.store.get_range(info, 0, 200) == bytes(range(200))
-    assert output.store.get_range(info, 7, 9) == b"\x07\x08"
-    assert output.store.get_range(info, 9, 9) == b""
+def test_a_range_of_an_object_is_read_and_another_version_of_it_is_not(versioned: Place) -> None:
+    versioned.write("a/b", bytes(range(200)))
+    (info,) = listed(versioned.store)
+    assert versioned.store.get_range(info, 0, 200) == bytes(range(200))
+    assert versioned.store.get_range(info, 7, 9) == b"\x07\x08"
+    assert versioned.store.get_range(info, 9, 9) == b""
     with pytest.raises(UnstableError, match="1 bytes arrived, 2 were asked for"):
-        output.store.get_range(info, 199, 201)
+        versioned.store.get_range(info, 199, 201)
     time.sleep(0.01)
-    output.write("a/b", bytes(200))
+    versioned.write("a/b", bytes(200))
     with pytest.raises(ChangedError):
-        output.store.get_range(info, 7, 9)
+        versioned.store.get_range(info, 7, 9)
 
 
 def test_an_absent_object_is_absent(place: Place) -> None:
@@ -192,15 +206,15 @@ def test_a_listed_object_that_is_gone_is_absent(place: Place) -> None:
         place.store.get("gone", listed=gone)
 
 
-def test_an_object_overwritten_with_the_same_size_is_changed(output: Place) -> None:
-    output.write("key", b"old")
-    (old,) = listed(output.store)
+def test_an_object_overwritten_with_the_same_size_is_changed(versioned: Place) -> None:
+    versioned.write("key", b"old")
+    (old,) = listed(versioned.store)
     time.sleep(0.01)
-    output.write("key", b"new")
+    versioned.write("key", b"new")
     with pytest.raises(ChangedError, match="key"):
-        output.store.get("key", listed=old)
-    assert output.store.get("key") == b"new"
-    (new,) = listed(output.store)
+        versioned.store.get("key", listed=old)
+    assert versioned.store.get("key") == b"new"
+    (new,) = listed(versioned.store)
     assert new.etag != old.etag
 
 
@@ -504,9 +518,3 @@ def test_what_a_web_server_answers_is_what_the_error_says(
     with _web_folder(tmp_path, {"/": status}) as url, pytest.raises(SourceError) as caught:
         listed(storage.connect(url))
     assert type(caught.value) is expected
-
-
-def test_a_file_system_that_is_not_installed_is_one_clear_line() -> None:
-    with pytest.raises(ConfigError, match="cannot open") as caught:
-        storage.connect("gs://bucket/x")
-    assert "\n" not in str(caught.value)

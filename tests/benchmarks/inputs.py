@@ -5,22 +5,27 @@ manifests; below a local folder, and in a bucket of a moto server in a process o
 times, after a round that does not count. Nothing is decoded: that costs 3 ms and more, whatever the input.
 
     python tests/benchmarks/inputs.py --num-images 1000 --rounds 3
+
+With `--clouds` loose objects only, in S3, Google Cloud Storage and Azure; tests/cloud_servers.py says what that needs.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import cloud_servers  # noqa: E402
 import servers  # noqa: E402
 from test_containers import rows, shard  # noqa: E402
 from test_manifest import parquet  # noqa: E402
@@ -38,7 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-images", type=int, default=1000, help=f"rounded down to {PER_CONTAINER} (default 1000)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clouds", action="store_true", help="compare S3, gs:// and az://")
     arguments = parser.parse_args()
+    if arguments.clouds:
+        _compare_clouds(arguments.num_images, arguments.rounds)
+        return
     with tempfile.TemporaryDirectory() as folder, servers.serve_s3() as s3:
         os.environ.update({**s3.environment(), "LABEL_BUCKET_CACHE": f"{folder}/cache"})
         files = _files(arguments.num_images)
@@ -76,13 +85,35 @@ def _compare(place: str, folder: str, num_rounds: int) -> None:
         "manifest with etags": lambda: storage.connect_input(f"{place}/loose", f"{lists}/known.parquet"),
         "manifest of uris": lambda: storage.connect_input(f"{place}/loose", f"{lists}/uris.parquet"),
     }
+    print(f"\n{place.partition('://')[0]}: {len(infos):,} images of {IMAGE_BYTES:,} bytes\n")
+    _print_rounds(kinds, len(infos), num_rounds)
+
+
+def _compare_clouds(num_images: int, num_rounds: int) -> None:
+    files = {f"loose/{number % 5}/{number:06d}.jpg": os.urandom(IMAGE_BYTES) for number in range(num_images)}
+    with contextlib.ExitStack() as stack:
+        s3 = stack.enter_context(servers.serve_s3())
+        clouds = [stack.enter_context(serve()) for serve in (cloud_servers.serve_gs, cloud_servers.serve_az)]
+        os.environ.update(s3.environment())
+        s3.client.create_bucket(Bucket="inputs")
+        servers.put_quickly(s3, "inputs", files)
+        for cloud in clouds:
+            os.environ.update(cloud.environment)
+            cloud.create_bucket("inputs")
+            for key, data in files.items():
+                cloud.write("inputs", key, data)
+        places = [f"{scheme}://inputs/loose" for scheme in ("s3", *(cloud.scheme for cloud in clouds))]
+        print(f"\n{num_images:,} images of {IMAGE_BYTES:,} bytes\n")
+        _print_rounds({place: partial(storage.connect_input, place) for place in places}, num_images, num_rounds)
+
+
+def _print_rounds(kinds: Mapping[str, Callable[[], Source]], num_images: int, num_rounds: int) -> None:
     found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for number in range(num_rounds + 1):
         for kind, connect in kinds.items():
-            measured = _measure(connect(), len(infos))
+            measured = _measure(connect(), num_images)
             if number:
                 found[kind].append(measured)
-    print(f"\n{place.partition('://')[0]}: {len(infos):,} images of {IMAGE_BYTES:,} bytes\n")
     print("| input | list, CPU ms | read, CPU ms | list, images/s | read, images/s |\n|---|---|---|---|---|")
     for kind, measurements in found.items():
         cells = [
