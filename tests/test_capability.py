@@ -53,6 +53,20 @@ def test_a_store_is_tried_out_anew_where_that_is_asked_for(bucket: str) -> None:
     assert len(list(storage.list_keys(output, "_runs/store-"))) == 2
 
 
+@pytest.mark.parametrize(
+    "record", [b"", b"\xff", b"[]", b'{"creates_once": true}'], ids=["cut", "binary", "list", "short"]
+)
+def test_a_record_that_cannot_be_read_is_made_anew(bucket: str, record: bytes) -> None:
+    output = storage.connect(bucket)
+    output.put(capability.KEY, record)
+    found = capability.check(output, is_single_writer=False)
+    assert found.creates_once
+    assert capability.recorded(output) == found
+    values = json.loads(output.get(capability.KEY)) | {"knows_more": True}
+    output.put(capability.KEY, json.dumps(values).encode())
+    assert capability.recorded(output) == found
+
+
 def test_a_store_that_ignores_conditional_creation_is_refused(bucket: str, faults: list[Fault]) -> None:
     faults.append(Fault.always("unconditional", "PUT", ""))
     output = storage.connect(bucket)
