@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def test_a_folder_keeps_everything_but_has_no_md5(tmp_path: Path, caplog: pytest
 
 def test_a_store_is_tried_out_once_per_output_below_runs_alone(s3: S3Server, bucket: str) -> None:
     output = storage.connect(bucket)
+    num_before, started_s = len(s3.requests), time.monotonic()
     capability.check(output, is_single_writer=False)
+    assert time.monotonic() - started_s <= 3
+    assert len(s3.requests) - num_before <= 10
     keys = sorted(storage.list_keys(output, ""))
     assert all(key.startswith("_runs/store") for key in keys)
     num_requests = len(s3.requests)
