@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from pipeline import storage
@@ -36,9 +36,16 @@ class Capabilities:
 
 
 def recorded(output: Store) -> Capabilities | None:
-    """What an earlier command found this output's store to do; None if none tried it out."""
+    """What an earlier command found this output's store to do; None if none tried it out, or if the record is damaged
+    or of another version: then it costs ten requests to know it again."""
     data = storage.get_or_none(output, KEY)
-    return None if data is None else Capabilities(**json.loads(data))
+    if data is None:
+        return None
+    try:
+        values = json.loads(data)
+        return Capabilities(**{each.name: values[each.name] for each in fields(Capabilities)})
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def check(output: Store, *, is_single_writer: bool, anew: bool = False) -> Capabilities:

@@ -77,7 +77,8 @@ def summarize_range(output: Store, run_id: str, run_seq: int, range_id: str) -> 
             fresh.add(table)
         outcome = RangeOutcome(range_id=range_id, parts=summaries, fresh=fresh.close())
         standing = output.put_if_absent(key, json.dumps(asdict(outcome)).encode())
-    return _totals(_parse(standing), standing)
+    with storage.parsing(output, key, "the outcome of a range"):
+        return _totals(_parse(standing), standing)
 
 
 def read_outcome(output: Store, run_id: str, totals: RangeTotals) -> RangeOutcome:

@@ -128,9 +128,11 @@ def seal_ranges(output: Store, run_id: str, find: Callable[[], Sequence[KeyRange
     if standing is None:
         found = [asdict(each) for each in find()]
         standing = output.put_if_absent(key, json.dumps(found, ensure_ascii=False).encode())
-    return [
-        KeyRange(**{**each, "files": tuple(FileRef(**file) for file in each["files"])}) for each in json.loads(standing)
-    ]
+    with storage.parsing(output, key, "key ranges"):
+        return [
+            KeyRange(**{**each, "files": tuple(FileRef(**file) for file in each["files"])})
+            for each in json.loads(standing)
+        ]
 
 
 def find_ranges(source: Source, base: Sequence[FileRef]) -> list[KeyRange]:
@@ -147,12 +149,12 @@ def plan_range(
 
     Runs as one Ray task. Raises UnstableError if the source's listing contradicts itself MAX_LISTINGS times.
     """
-    range_key = f"_runs/{run_id}/plan/range-{key_range.range_id}.json"
-    standing = storage.get_or_none(output, range_key)
+    key = _range_key(run_id, key_range.range_id)
+    standing = storage.get_or_none(output, key)
     if standing is None:
         planned = _plan(source, output, key_range, rules, sizes, output.put_if_absent, f"_runs/{run_id}/plan")
-        standing = output.put_if_absent(range_key, json.dumps(asdict(planned)).encode())
-    return _parse_range(standing)
+        standing = output.put_if_absent(key, json.dumps(asdict(planned)).encode())
+    return _parse_range(output, key, standing)
 
 
 def preview_range(
@@ -176,12 +178,18 @@ def not_looked_at(key_range: KeyRange) -> Range:
 
 def read_range(output: Store, run_id: str, range_id: str) -> RangePlan:
     """The plan of a range that has one."""
-    return _parse_range(output.get(f"_runs/{run_id}/plan/range-{range_id}.json"))
+    key = _range_key(run_id, range_id)
+    return _parse_range(output, key, output.get(key))
 
 
-def _parse_range(data: bytes) -> RangePlan:
-    values = json.loads(data)
-    return RangePlan(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+def _range_key(run_id: str, range_id: str) -> str:
+    return f"_runs/{run_id}/plan/range-{range_id}.json"
+
+
+def _parse_range(output: Store, key: str, data: bytes) -> RangePlan:
+    with storage.parsing(output, key, "the plan of a range"):
+        values = json.loads(data)
+        return RangePlan(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
 def read(output: Store, run_id: str) -> Plan | None:
@@ -189,8 +197,9 @@ def read(output: Store, run_id: str) -> Plan | None:
     data = storage.get_or_none(output, _seal_key(run_id))
     if data is None:
         return None
-    values = json.loads(data)
-    return Plan(**{**values, "ranges": [Range(**each) for each in values["ranges"]]})
+    with storage.parsing(output, _seal_key(run_id), "a sealed plan"):
+        values = json.loads(data)
+        return Plan(**{**values, "ranges": [Range(**each) for each in values["ranges"]]})
 
 
 def seal(output: Store, run_id: str, ranges: Sequence[Range]) -> Plan:
@@ -221,12 +230,13 @@ def unit_id(objects: pa.Table) -> str:
 
 def read_unit(output: Store, chunk_key: str, wanted_unit_id: str) -> pa.Table:
     """The objects of one unit, as schema.OBJECTS."""
-    chunk = pq.read_table(io.BytesIO(output.get(chunk_key)))
-    ids = chunk.column("unit_id").to_pylist()
-    if wanted_unit_id not in ids:
-        raise ConflictError(f"{output.root}/{chunk_key}: expected unit {wanted_unit_id}, found {ids}")
-    objects = chunk.column("objects").combine_chunks().slice(ids.index(wanted_unit_id), 1).flatten()
-    return pa.Table.from_struct_array(objects).cast(schema.OBJECTS)
+    with storage.parsing(output, chunk_key, "units"):
+        chunk = pq.read_table(io.BytesIO(output.get(chunk_key)))
+        ids = chunk.column("unit_id").to_pylist()
+        if wanted_unit_id not in ids:
+            raise ConflictError(f"{output.root}/{chunk_key}: expected unit {wanted_unit_id}, found {ids}")
+        objects = chunk.column("objects").combine_chunks().slice(ids.index(wanted_unit_id), 1).flatten()
+        return pa.Table.from_struct_array(objects).cast(schema.OBJECTS)
 
 
 # --- one range ----------------------------------------------------------------------------------------------------

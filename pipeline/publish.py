@@ -181,11 +181,13 @@ def _seal_key(run_id: str) -> str:
 
 
 def _read_seal(output: Store, run_id: str) -> Seal:
-    values = json.loads(output.get(_seal_key(run_id)))
-    return Seal(
-        totals=[RangeTotals(**each) for each in values["totals"]],
-        groups=[FileGroup(**each) for each in values["groups"]],
-    )
+    data = output.get(_seal_key(run_id))
+    with storage.parsing(output, _seal_key(run_id), "what is to be published"):
+        values = json.loads(data)
+        return Seal(
+            totals=[RangeTotals(**each) for each in values["totals"]],
+            groups=[FileGroup(**each) for each in values["groups"]],
+        )
 
 
 def _groups(sealed_plan: Plan, totals: Sequence[RangeTotals]) -> Iterator[FileGroup]:
@@ -221,7 +223,8 @@ def lay_out(output: Store, run_id: str, group: FileGroup, totals: Sequence[Range
     if standing is None:
         found = [(each.range_id, part) for each in totals for part in outcomes.read_outcome(output, run_id, each).parts]
         standing = output.put_if_absent(key, json.dumps(list(_cut(group.kind, found))).encode())
-    return [[(range_id, unit_id, digest) for range_id, unit_id, digest in each] for each in json.loads(standing)]
+    with storage.parsing(output, key, "the layout of files"):
+        return [[(range_id, unit_id, digest) for range_id, unit_id, digest in each] for each in json.loads(standing)]
 
 
 def _cut(kind: str, found: Sequence[tuple[str, PartSummary]]) -> Iterator[Sources]:

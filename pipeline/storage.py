@@ -6,6 +6,7 @@ known to be safe on the first two.
 This and the `store` modules are the only ones that know fsspec and s3fs, and the only ones that retry.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import fsspec
 
 from pipeline import members
-from pipeline.errors import AbsentError, ConfigError
+from pipeline.errors import AbsentError, ConfigError, ConflictError
 from pipeline.store import MAX_PUT_BYTES, ObjectInfo, Source, Store, describe
 from pipeline.store_cloud import AZ, GS, AzStore, GsStore
 from pipeline.store_container import ContainerStore
@@ -34,6 +35,7 @@ __all__ = [
     "get_or_none",
     "list_keys",
     "normalize",
+    "parsing",
 ]
 
 
@@ -120,3 +122,12 @@ def get_or_none(store: Store, key: str) -> bytes | None:
         return store.get(key)
     except AbsentError:
         return None
+
+
+@contextlib.contextmanager
+def parsing(store: Store, key: str, what: str) -> Iterator[None]:
+    """For reading what this program wrote: damage becomes a ConflictError that names the object."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConflictError(f"{store.root}/{key}: expected {what}, found {describe(error)}; restore it") from error

@@ -61,7 +61,7 @@ class LocalStore:
                     continue
                 try:
                     page.append(_local_info(key, path.stat()))
-                except FileNotFoundError:  # deleted since the folder was read, or a link to nowhere
+                except FileNotFoundError:  # deleted since the folder was read
                     continue
                 if len(page) == store.PAGE_OBJECTS:
                     yield page
@@ -187,5 +187,12 @@ def _walk(folder: Path, prefix: str, start_after: str) -> Iterator[tuple[str, Pa
         if name.endswith("/"):
             if store.may_hold_keys_after(prefix + name, start_after):
                 yield from _walk(folder / entry.name, prefix + name, start_after)
-        elif entry.is_file():
+        elif _is_file(entry):
             yield prefix + name, folder / entry.name
+
+
+def _is_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links in a circle, or through a folder that this user may not enter: they lead nowhere
+        return False

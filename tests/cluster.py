@@ -35,6 +35,10 @@ class Node:
         """Processes of this node whose command line begins with `title`."""
         return processes(self.session, title)
 
+    def rss_bytes(self) -> int:
+        """Of its largest process."""
+        return max((_rss_bytes(pid) for pid in self.processes("")), default=0)
+
     def raylet(self) -> int:
         """The process that is the node: without it the others end, and the cluster counts it as dead."""
         (pid,) = [pid for pid in self.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "raylet"]
@@ -137,9 +141,13 @@ class Head:
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `ray job submit --working-dir . …` from the checkout and follow the job to its end."""
+        return self.job("submit", "--working-dir", ".", *arguments)
+
+    def job(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `ray job COMMAND …` from the checkout to its end."""
         ray = str(Path(sys.executable).with_name("ray"))
         return subprocess.run(
-            [ray, "job", "submit", "--address", self.dashboard_url, "--working-dir", ".", *arguments],
+            [ray, "job", command, "--address", self.dashboard_url, *arguments],
             env=self.environment,
             cwd=ROOT,
             capture_output=True,

@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import effort
@@ -15,12 +17,14 @@ import pyarrow.parquet as pq
 import verifier
 from cluster import Head, wait_until
 from servers import S3Server, put_quickly
-from verifier import Place
+from verifier import Place, Reader
 
 from pipeline.draw import draw_file
 
 PREPARING, LABELING, WAVE = "ray::MapBatches(", "ray::MapWorker(", "ray::_label_wave"
 """How the titles of workers begin."""
+MAX_PROCESS_BYTES = 2**30
+"""Of any process of the cluster."""
 
 
 class Staged:
@@ -50,6 +54,10 @@ class Kills:
         self.counts = Counter[str]()
         self.num_in_flight = 0
         """Objects that had been read and were in no part, summed over all kills."""
+        self.num_faults = 0
+        """Faults that reads of the source met."""
+        self.secret = s3.secret
+        """Of the cluster, which must be found nowhere."""
         self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
         self._prefix = f"/{source.bucket}/{source.prefix}"
 
@@ -76,10 +84,18 @@ class Kills:
 
     def kill(self, what: str, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Only while some units are done and others are in flight; it must have hit."""
+
+        def send() -> None:
+            os.kill(pid, number)
+            if number == signal.SIGKILL:
+                wait_until(lambda: is_dead(pid), 10)
+
+        self.strike(what, send)
+
+    def strike(self, what: str, do: Callable[[], object]) -> None:
+        """The same by whatever `do` does."""
         assert 0 < self.staged.look() < self._num_units
-        os.kill(pid, number)
-        if number == signal.SIGKILL:
-            wait_until(lambda: is_dead(pid), 10)
+        do()
         assert self.lose(), "nothing was in flight"
         self.counts[what] += 1
         effort.COUNTS["kills survived"] += 1
@@ -111,6 +127,27 @@ def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
     findings = verifier.check(output, source, exit_code=0)
     assert findings == [], findings
     return output
+
+
+@contextmanager
+def watched(
+    kills: Kills, source: Place, undisturbed: Place, model: Path, rss_bytes: Callable[[], int], max_s: float
+) -> Iterator[Reader]:
+    """A reader looks on at what is done to a run inside; afterwards all nine invariants hold, and it is published."""
+    started_s = time.monotonic()
+    with Reader(kills.output, rss_bytes) as reader:
+        yield reader
+    took_s = time.monotonic() - started_s
+    findings = [
+        *verifier.check(kills.output, source, exit_code=0, like=undisturbed, secrets=[kills.secret]),
+        *verifier.check_labels(kills.output, source, model, 20),
+        *reader.findings,
+        *verifier.check_redone(kills.reads(), kills.num_faults, kills.num_in_flight),
+        *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=MAX_PROCESS_BYTES, max_s=max_s),
+    ]
+    assert findings == []
+    assert reader.num_polls > 5
+    assert reader.peak_bytes > 0
 
 
 def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]", deadline_s: float = 120) -> int:

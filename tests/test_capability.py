@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def test_a_folder_keeps_everything_but_has_no_md5(tmp_path: Path, caplog: pytest
 
 def test_a_store_is_tried_out_once_per_output_below_runs_alone(s3: S3Server, bucket: str) -> None:
     output = storage.connect(bucket)
+    num_before, started_s = len(s3.requests), time.monotonic()
     capability.check(output, is_single_writer=False)
+    assert time.monotonic() - started_s <= 3
+    assert len(s3.requests) - num_before <= 10
     keys = sorted(storage.list_keys(output, ""))
     assert all(key.startswith("_runs/store") for key in keys)
     num_requests = len(s3.requests)
@@ -51,6 +55,20 @@ def test_a_store_is_tried_out_anew_where_that_is_asked_for(bucket: str) -> None:
     first = capability.check(output, is_single_writer=False, anew=True)
     assert first == capability.recorded(output) == capability.check(output, is_single_writer=False, anew=True)
     assert len(list(storage.list_keys(output, "_runs/store-"))) == 2
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"\xff", b"[]", b'{"creates_once": true}'], ids=["cut", "binary", "list", "short"]
+)
+def test_a_record_that_cannot_be_read_is_made_anew(bucket: str, record: bytes) -> None:
+    output = storage.connect(bucket)
+    output.put(capability.KEY, record)
+    found = capability.check(output, is_single_writer=False)
+    assert found.creates_once
+    assert capability.recorded(output) == found
+    values = json.loads(output.get(capability.KEY)) | {"knows_more": True}
+    output.put(capability.KEY, json.dumps(values).encode())
+    assert capability.recorded(output) == found
 
 
 def test_a_store_that_ignores_conditional_creation_is_refused(bucket: str, faults: list[Fault]) -> None:

@@ -12,10 +12,10 @@ import checkpoints
 import pytest
 import verifier
 from cluster import Head, wait_until
-from kills import LABELING, PREPARING, Kills, fill_with_pictures, first, label_undisturbed
+from kills import LABELING, PREPARING, Kills, fill_with_pictures, first, label_undisturbed, watched
 from servers import Kind, S3Server, Storm
 from test_faults import GET_KINDS, PUT_KINDS
-from verifier import Place, Reader
+from verifier import Place
 
 NUM_OBJECTS = 1600
 MIN_KILLS, MIN_FAULTS = 25, 200
@@ -51,10 +51,10 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
     storm = Storm(
         SEED, {"GET": GET_KINDS, "PUT": PUT_KINDS}, {"GET": 0.1, "PUT": 0.4}, re.compile("/once/(in|disturbed)/")
     )
-    kills, started_s = Kills(s3, source, output, undisturbed), time.monotonic()
+    kills = Kills(s3, source, output, undisturbed)
 
     s3.storm = storm
-    with Reader(output, head.rss_bytes) as reader:
+    with watched(kills, source, undisturbed, model, head.rss_bytes, max_s=1500) as reader:
         for victims in _victims():
             with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
                 wait_until(lambda: driver.poll() is not None or kills.staged.look() > 0, 600)
@@ -70,27 +70,16 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
                     assert driver.returncode == 0, printed[-3000:]
                 else:
                     driver.wait(10)
-    took_s = time.monotonic() - started_s
-    s3.storm = None
+        s3.storm = None
+        kills.num_faults = sum(number for (operation, _), number in storm.num_hits.items() if operation == "GET")
     num_reads = sum(kills.reads().values())
-    print(
-        f"kills {dict(kills.counts)}, faults {sum(storm.num_hits.values())}, {took_s:.0f} s, {reader.num_polls} polls,"
-    )
+    print(f"kills {dict(kills.counts)}, faults {sum(storm.num_hits.values())}, {reader.num_polls} polls,")
     print(f"{num_reads} reads of {NUM_OBJECTS}, {kills.num_in_flight} in flight, peak {reader.peak_bytes:,}")
 
     assert sum(kills.counts.values()) >= MIN_KILLS
     assert min(kills.counts.values()) >= 5
     assert sum(storm.num_hits.values()) >= MIN_FAULTS
     assert {kind for kind in GET_KINDS if not storm.num_hits["GET", kind]} == set()
-    num_get_faults = sum(number for (operation, _), number in storm.num_hits.items() if operation == "GET")
-    findings = [
-        *verifier.check(output, source, exit_code=0, like=undisturbed, secrets=[s3.secret]),
-        *verifier.check_labels(output, source, model, 40),
-        *reader.findings,
-        *verifier.check_redone(kills.reads(), num_get_faults, kills.num_in_flight),
-        *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
-    ]
-    assert findings == []
 
 
 @pytest.mark.slow
@@ -104,27 +93,29 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
     kills = Kills(s3, source, output, undisturbed)
     every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")
     outage = Storm(SEED, {operation: [kind] for operation in every}, dict.fromkeys(every, 1), max_per_path=10**6)
-    with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
-        kills.wait_for_work(driver.poll)
-        s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
-        try:
-            _, printed = driver.communicate(timeout=300)
-        finally:
-            s3.storm = None
-        took_s = time.monotonic() - began_s
-    num_asked = len(s3.requests) - num_before
-    print(f"{kind}: ended after {took_s:.0f} s and {num_asked} requests")
-    assert driver.returncode == 3, printed[-3000:]
-    assert "Traceback" not in printed
-    assert sum(outage.num_hits.values()) >= 10
-    assert took_s < 150
-    assert verifier.entries(output) == []
-    reads_before = kills.reads()
-    done = head.label_bucket(*options)
-    assert done.returncode == 0, done.stderr
-    assert verifier.check(output, source, exit_code=0, like=undisturbed) == []
-    assert kills.staged.look()
-    assert max((kills.reads() - reads_before).values()) == 1
+    with watched(kills, source, undisturbed, model, head.rss_bytes, max_s=400):
+        with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
+            kills.wait_for_work(driver.poll)
+            s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
+            try:
+                _, printed = driver.communicate(timeout=300)
+            finally:
+                s3.storm = None
+            took_s = time.monotonic() - began_s
+        num_asked = len(s3.requests) - num_before
+        print(f"{kind}: ended after {took_s:.0f} s and {num_asked} requests")
+        assert driver.returncode == 3, printed[-3000:]
+        assert "Traceback" not in printed
+        assert sum(outage.num_hits.values()) >= 10
+        assert took_s < 150
+        assert verifier.entries(output) == []
+        kills.lose()
+        kills.num_faults = outage.num_hits["GET", kind]
+        reads_before = kills.reads()
+        done = head.label_bucket(*options)
+        assert done.returncode == 0, done.stderr
+        assert kills.staged.look()
+        assert max((kills.reads() - reads_before).values()) == 1
 
 
 def _victims() -> Iterator[list[tuple[str, str]]]:

@@ -117,13 +117,16 @@ def test_a_listing_that_contradicts_itself_is_planned_anew_or_refused_and_never_
     whole = KeyRange(range_id="00000", after="", through=None, files=())
     rules, sizes = Rules(scope=Scope(), limit=None, records_deletions=True), plan.UnitSizes.of(32, 1)
     ended: Counter[str] = Counter()
+    hits = 0
     for seed in range(20):
-        weather.storm = Storm(seed, {"LIST": [kind]}, {"LIST": 0.15}, max_per_path=1)
+        weather.storm = storm = Storm(seed, {"LIST": [kind]}, {"LIST": 0.15}, max_per_path=1)
         try:
             planned = plan.preview_range(storage.connect(f"{bucket}/in"), storage.connect(bucket), whole, rules, sizes)
             ended[f"{planned.counts['planned']} planned"] += 1
         except SourceError as error:
             ended["refused" if "run the command again" in str(error) else str(error)] += 1
+        hits += storm.num_hits["LIST", kind]
+    assert hits >= MIN_HITS
     assert set(ended) <= {"100 planned", "refused"}
     assert ended["100 planned"] > 0
 

@@ -14,14 +14,15 @@ import checkpoints
 import pytest
 import verifier
 from cluster import Head, Node, running_head, wait_until
-from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed
+from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed, watched
 from servers import S3Server, Storm
-from verifier import Place, Reader
+from verifier import Place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_OBJECTS = 1200
-MAX_PROCESS_BYTES = 2**30
+MAX_S = 300
+"""From the first command to the end of the last."""
 
 
 class Cluster(NamedTuple):
@@ -34,6 +35,10 @@ class Cluster(NamedTuple):
         """Of all nodes, those that joined later as well."""
         found = self.head.processes(title)
         return found + [pid for node in self.nodes for pid in node.processes(title)]
+
+    def rss_bytes(self) -> int:
+        """Of the largest process of all nodes."""
+        return max(self.head.rss_bytes(), *(each.rss_bytes() for each in self.nodes))
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +79,14 @@ def options(source: Place, kills: Kills, model: Path) -> tuple[str, ...]:
     return ("--input", source.url, "--output", kills.output.url, "--model", str(model), "--gpu-actors=2")
 
 
-def check_exact(kills: Kills, source: Place, undisturbed: Place) -> None:
-    """Everything that an undisturbed run has, and no more was done again than was in flight."""
-    findings = verifier.check(kills.output, source, exit_code=0, like=undisturbed)
-    assert findings + verifier.check_redone(kills.reads(), 0, kills.num_in_flight) == []
-
-
 def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late_change_no_row(
     cluster: Cluster, s3: S3Server, source: Place, model: Path, undisturbed: Place, kills: Kills
 ) -> None:
     head = cluster.head
     s3.storm = Storm(0, {"GET": ["slow", "stall"]}, {"GET": 0.3}, max_per_path=1000)  # there are four things to kill
     with (
+        watched(kills, source, undisturbed, model, cluster.rss_bytes, MAX_S),
         head.start_label_bucket(*options(source, kills, model)) as driver,
-        Reader(kills.output, head.rss_bytes) as reader,
     ):
         kills.wait_for_work(driver.poll)
         # The driver belongs to any of the nodes, since all are on this machine; with its own it would end.
@@ -104,25 +103,45 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
     assert driver.returncode == 0, printed
     assert set(kills.counts) == {"node", "worker", "actor", "wave"}
     assert "begun again" in printed
-    assert reader.findings == []
-    assert verifier.check_bounds(reader.peak_bytes, 0, max_bytes=MAX_PROCESS_BYTES, max_s=1) == []
-    check_exact(kills, source, undisturbed)
 
 
 def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_another(
     cluster: Cluster, head: Head, source: Place, model: Path, undisturbed: Place, kills: Kills
 ) -> None:
-    with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
-        kills.wait_for_work(driver.poll)
-        (gcs,) = [pid for pid in cluster.head.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "gcs_server"]
-        kills.kill("head", gcs)
-        _, printed = driver.communicate(timeout=180)
-    assert driver.returncode not in (0, None), printed
-    kills.lose()
-    assert verifier.entries(kills.output) == []
-    done = head.label_bucket(*options(source, kills, model)[:-1], "--gpu-actors=1")
-    assert done.returncode == 0, done.stderr
-    check_exact(kills, source, undisturbed)
+    with watched(kills, source, undisturbed, model, head.rss_bytes, MAX_S):
+        with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
+            kills.wait_for_work(driver.poll)
+            (gcs,) = [
+                pid for pid in cluster.head.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "gcs_server"
+            ]
+            kills.kill("head", gcs)
+            _, printed = driver.communicate(timeout=180)
+        assert driver.returncode not in (0, None), printed
+        kills.lose()
+        assert verifier.entries(kills.output) == []
+        done = head.label_bucket(*options(source, kills, model)[:-1], "--gpu-actors=1")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_job_that_is_stopped_says_so_and_the_same_command_finishes_it(
+    head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place, kills: Kills
+) -> None:
+    flags = (*options(source, kills, model)[:-1], "--gpu-actors=1")
+    with watched(kills, source, undisturbed, model, head.rss_bytes, MAX_S):
+        s3.storm = Storm(0, {"GET": ["slow", "stall"]}, {"GET": 0.5}, max_per_path=1000)  # the command takes seconds
+        name = ("--working-dir", ".", "--submission-id=stopped")
+        begun = head.job("submit", "--no-wait", *name, "--", "python", "jobs/label_bucket.py", *flags)
+        assert begun.returncode == 0, begun.stdout
+        kills.wait_for_work(lambda: None)
+        kills.strike("job", lambda: head.job("stop", "stopped"))
+        s3.storm = None
+        assert "Job 'stopped' was stopped" in head.job("status", "stopped").stdout
+        wait_until(lambda: not head.processes(PREPARING) and not head.processes(LABELING))
+        kills.lose()
+        assert verifier.entries(kills.output) == []
+        assert "stopped; the same command resumes" in head.job("logs", "stopped").stdout
+        done = head.label_bucket(*flags)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("title", [PREPARING, LABELING], ids=["worker", "actor"])
@@ -131,7 +150,10 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
 ) -> None:
     # Of two actors, the other one would go on.
     flags = (*options(source, kills, model)[:-1], f"--gpu-actors={1 if title == LABELING else 2}")
-    with cluster.head.start_label_bucket(*flags, "--stall-timeout-s=10") as driver:
+    with (
+        watched(kills, source, undisturbed, model, cluster.rss_bytes, MAX_S),
+        cluster.head.start_label_bucket(*flags, "--stall-timeout-s=10") as driver,
+    ):
         kills.wait_for_work(driver.poll)
         stopped = first(lambda: cluster.processes(title), driver)
         kills.kill("stopped", stopped, signal.SIGSTOP)
@@ -144,7 +166,6 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         driver.wait(10)
     assert driver.returncode == 0, printed
     assert any("nothing moved for 10 s" in line and "begun again" in line for line in printed)
-    check_exact(kills, source, undisturbed)
 
 
 def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(
@@ -152,16 +173,17 @@ def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_brin
 ) -> None:
     moving = tmp_path / "model"
     shutil.copytree(model, moving)
-    with cluster.head.start_label_bucket(*options(source, kills, moving)) as driver:
-        kills.wait_for_work(driver.poll)
-        moving.rename(tmp_path / "elsewhere")
-        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
-        _, printed = driver.communicate(timeout=240)
-    assert driver.returncode in (1, 2, 3), printed
-    kills.lose()
-    assert str(moving) in printed
-    assert "Traceback" not in printed
-    (tmp_path / "elsewhere").rename(moving)
-    done = cluster.head.label_bucket(*options(source, kills, moving))
-    assert done.returncode == 0, done.stderr
-    check_exact(kills, source, undisturbed)
+    flags = (*options(source, kills, moving)[:-1], "--gpu-actors=1")  # of two, the other one may do all the rest
+    with watched(kills, source, undisturbed, model, cluster.rss_bytes, MAX_S):
+        with cluster.head.start_label_bucket(*flags) as driver:
+            kills.wait_for_work(driver.poll)
+            moving.rename(tmp_path / "elsewhere")
+            kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
+            _, printed = driver.communicate(timeout=240)
+        assert driver.returncode in (1, 2, 3), printed
+        kills.lose()
+        assert str(moving) in printed
+        assert "Traceback" not in printed
+        (tmp_path / "elsewhere").rename(moving)
+        done = cluster.head.label_bucket(*flags)
+        assert done.returncode == 0, done.stderr

@@ -113,6 +113,18 @@ def test_twins_that_race_end_with_one_part_and_the_same_summary(output: Store) -
     assert len(list(storage.list_keys(output, ""))) == 1
 
 
+def test_twins_leave_one_whole_part_on_a_store_where_every_writer_wins(bucket: str, faults: list[Fault]) -> None:
+    faults.append(Fault.always("unconditional", "PUT", ".parquet"))
+    table, output = unit(), storage.connect(bucket)
+    unit_id = plan.unit_id(table)
+    with ThreadPoolExecutor(8) as pool:
+        summaries = list(pool.map(lambda _: parts.write_part(output, RUN, RANGE, unit_id, table), range(8)))
+    assert all(each == summaries[0] for each in summaries)
+    assert parts.read_part(output, RUN, RANGE, unit_id)[1] == summaries[0]
+    assert len(list(storage.list_keys(output, ""))) == 1
+    assert faults[0].num_hits == 8
+
+
 def test_a_part_whose_answer_was_lost_is_our_own(bucket: str, faults: list[Fault]) -> None:
     table = unit()
     faults.append(Fault("answer_lost", "PUT", ".parquet"))

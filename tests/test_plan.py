@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -371,6 +371,27 @@ def test_of_two_planners_one_wins_and_both_give_its_chunks(place: Place) -> None
         ranges = list(pool.map(lambda _: place.plan(), range(4)))
     assert all(each == ranges[0] for each in ranges)
     assert len(place.planned_keys(ranges[0])) == 50
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[1]", b'{"x": 1}'], ids=["cut", "binary", "list", "other fields"])
+def test_a_plan_that_somebody_has_damaged_is_a_conflict_that_names_the_file(place: Place, data: bytes) -> None:
+    place.write({"a": 1})
+    planned, output = place.plan(), place.output
+    plan.seal_ranges(output, RUN, lambda: catalog.between([]))
+    plan.seal(output, RUN, [planned.summary()])
+    (chunk,) = planned.chunks
+    folder = f"_runs/{RUN}/plan"
+    read: dict[str, Callable[[], object]] = {
+        f"{folder}/ranges.json": lambda: plan.seal_ranges(output, RUN, list),
+        f"{folder}/range-{planned.range_id}.json": lambda: plan.read_range(output, RUN, planned.range_id),
+        f"_runs/{RUN}/plan.json": lambda: plan.read(output, RUN),
+        chunk.key: lambda: plan.read_unit(output, chunk.key, chunk.unit_ids[0]),
+    }
+    for key, again in read.items():
+        again()
+        output.put(key, data)
+        with pytest.raises(ConflictError, match=rf"{key}: expected .*, found .*; restore it"):
+            again()
 
 
 def test_the_first_seal_wins(place: Place) -> None:

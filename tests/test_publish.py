@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,20 @@ def test_the_first_seal_stays(output: Store) -> None:
     _seal(output, CLAIM, 5)
     assert publish._read_seal(output, CLAIM.run_id) == first
     assert (first.num_labeled, [group.kind for group in first.groups]) == (3, ["labels", "deletions"])
+
+
+def test_what_is_to_be_published_and_is_damaged_is_a_conflict_that_names_the_file(output: Store) -> None:
+    _seal(output, CLAIM, 1)
+    group = FileGroup(kind="labels", number=0, range_ids=["00000"])
+    read: dict[str, Callable[[], object]] = {
+        "publish.json": lambda: publish._read_seal(output, CLAIM.run_id),
+        "publish/labels-00000.json": lambda: publish.lay_out(output, CLAIM.run_id, group, []),
+        "publish/range-00000.json": lambda: outcomes.summarize_range(output, CLAIM.run_id, 7, "00000"),
+    }
+    for name, again in read.items():
+        output.put(f"_runs/{CLAIM.run_id}/{name}", b"{")
+        with pytest.raises(ConflictError, match=rf"_runs/{CLAIM.run_id}/{name}: expected .*, found .*; restore it"):
+            again()
 
 
 def test_the_first_layout_of_a_group_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import urllib.request
 from pathlib import Path
 
 import checkpoints
+import published
 import pytest
 import verifier
 from cluster import Head
@@ -103,6 +104,24 @@ def test_odd_keys_reach_the_tables_byte_for_byte(source: Place, output: tuple[Pl
     assert {row["uri"] for row in labels} == {f"s3://odd/in/{key}" for key in ODD_KEYS}
     assert {row["uri"] for row in failures} == {f"s3://odd/in/broken/{key}" for key in ODD_KEYS}
     assert {"\n" in row["failure_message"] for row in failures} == {False}
+
+
+@pytest.mark.slow
+def test_names_with_line_breaks_reach_the_tables_and_the_page_of_a_run(head: Head, tmp_path: Path) -> None:
+    """Of a folder: the test server answers 404 to such a key."""
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    names = ("a\nb.png", "a\r\nb.png", "\u2028<script>.png", "e\u0301.png", "\u00e9.png")
+    for number, name in enumerate(names):
+        (images / name).write_bytes(draw_file(9, number).data)
+    model = str(checkpoints.write_small(tmp_path / "model"))
+    done = head.label_bucket("--input", str(images), "--output", str(output), "--model", model, "--gpu-actors=1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(published.table(str(output), "labels")["uri"].to_pylist()) == sorted(
+        f"file://{images}/{name}" for name in names
+    )
+    (page,) = output.glob("_runs/*/report.html")
+    assert "<script" not in page.read_text()
 
 
 def test_odd_keys_are_text_in_a_page_of_them(output: tuple[Place, str]) -> None:

@@ -412,6 +412,7 @@ def test_links_to_files_are_files_and_links_to_folders_or_nowhere_are_not_follow
     (tmp_path / "to file").symlink_to(tmp_path / "folder" / "file")
     (tmp_path / "to folder").symlink_to(tmp_path)
     (tmp_path / "to nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "to itself").symlink_to(tmp_path / "to itself")
     os.mkfifo(tmp_path / "pipe")
     assert keys(storage.connect(str(tmp_path))) == ["folder/file", "to file"]
 
