@@ -5,6 +5,7 @@ and, where there is little to do or a test looks on, in one process: both are a 
 """
 
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -61,12 +62,19 @@ def start() -> None:
 def _warning_of_an_open_cluster(gcs_address: str, environment: Mapping[str, str]) -> str | None:
     """What to say of a cluster that let this process in without a token; None for one on this machine alone."""
     host = gcs_address.rpartition(":")[0].strip("[]")
-    if environment.get("RAY_AUTH_MODE") == "token" or host in ("localhost", "127.0.0.1", "::1"):
+    if environment.get("RAY_AUTH_MODE") == "token" or _is_loopback(host):
         return None
     return (
         f"the Ray cluster at {gcs_address} asks for no token: whoever reaches it runs code on it (CVE-2023-48022);"
         " set RAY_AUTH_MODE=token on all its nodes"
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

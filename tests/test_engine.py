@@ -2,14 +2,26 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from cluster import ROOT
 
 from pipeline import engine
 
+# 192.0.2.0/24 is for documentation; here it is an address of the namespace.
+ON_ANOTHER_ADDRESS = """
+ip link set lo up
+ip address add 192.0.2.1/32 dev lo
+ray start --head --num-cpus=1 --node-ip-address=192.0.2.1 --port=6399 --include-dashboard=false --temp-dir="$TEMP_DIR" \
+    --disable-usage-stats >"$TEMP_DIR/log" 2>&1 || { cat "$TEMP_DIR/log"; exit 1; }
+RAY_ADDRESS=192.0.2.1:6399 python -c \
+    'import logging; logging.basicConfig(format="%(message)s"); from pipeline import engine; engine.start()'
+"""
 TWICE_MORE_TASKS_THAN_CPUS = """
 import json, os, time
 import ray
@@ -40,9 +52,27 @@ def test_a_cluster_that_asks_for_no_token_is_warned_of(address: str) -> None:
     assert engine._warning_of_an_open_cluster(address, {"RAY_AUTH_MODE": "token"}) is None
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:6379", "[::1]:6379", "localhost:6379"])
+@pytest.mark.parametrize("address", ["127.0.0.1:6379", "127.0.0.2:6379", "[::1]:6379", "localhost:6379"])
 def test_a_cluster_on_this_machine_alone_is_not(address: str) -> None:
     assert engine._warning_of_an_open_cluster(address, {}) is None
+
+
+@pytest.mark.slow
+def test_a_job_that_a_cluster_elsewhere_let_in_without_a_token_says_so_in_one_line() -> None:
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        pytest.skip("without unshare and ip there is no address that is not this machine's")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = ["unshare", "-rnpf", "--mount-proc", "--kill-child", "sh", "-ec", ON_ANOTHER_ADDRESS]
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # the engine's sockets are below it
+        done = subprocess.run(
+            command, env={**environment, "TEMP_DIR": short}, capture_output=True, text=True, check=False
+        )
+    if "Operation not permitted" in done.stderr:
+        pytest.skip("no network namespaces for this user")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (warning,) = done.stderr.splitlines()
+    assert warning == engine._warning_of_an_open_cluster("192.0.2.1:6399", {})
 
 
 @pytest.mark.slow

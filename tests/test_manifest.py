@@ -417,10 +417,16 @@ def test_a_manifest_labels_what_it_names_as_a_listing_does_and_its_bad_rows_are_
     url = f"{bucket}/lists/tonight.jsonl"
     lines = [*rows[:20], *({"uri": uri} for uri in bad), {"uri": "gone.jpg"}, rows[3], {"uri": "01.jpg"}]
     client.put_object(Bucket=bucket[5:], Key="lists/tonight.jsonl", Body="".join(map(to_line, lines)).encode())
-    output = f"{bucket}/out"
+    output, begin = f"{bucket}/out", len(s3.requests)
     done = run(head, root, output, model, "--manifest", url)
     assert done.returncode == 0, done.stderr
     assert "35 rows name 33 objects" in done.stderr
+    # Nothing was asked for that the bad ones seem to name: neither below the input nor in another bucket.
+    asked = {path.partition("?")[0] for _, path in s3.requests[begin:]}
+    assert {path for path in asked if path.startswith(f"/{bucket[5:]}/in/")} == {
+        f"/{bucket[5:]}/in/{name}.jpg" for name in [*(f"{number:02d}" for number in range(20)), "gone"]
+    }
+    assert {path.split("/")[1] for path in asked} == {bucket[5:]}
     failures = table(output, "failures")
     kinds = dict(zip(failures["uri"].to_pylist(), failures["failure_kind"].to_pylist(), strict=True))
     assert sorted(kinds.values()) == ["bad_uri"] * 12 + ["missing"]
