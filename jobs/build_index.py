@@ -19,7 +19,7 @@ from pathlib import Path
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import index_encode
+from pipeline import argument_file, index_encode
 from pipeline.arguments import add_log_level
 from pipeline.errors import STOPPED, ConfigError, ConflictError, LabelBucketError, SourceError
 from pipeline.index_build import Options
@@ -28,7 +28,7 @@ from pipeline.index_update import build_index
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, build, announce; the exit code."""
-    flags = _parser().parse_args(arguments)
+    flags = argument_file.parse(_parser(), arguments)
     logging.basicConfig(level=flags.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     options = Options(
         input=flags.input,
@@ -77,6 +77,7 @@ examples:
   build_index.py --input labels --output search --factory IVF1024,SQ8 --min-recall 0.9
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--input", required=True, metavar="URL", help="the --output of the nights: s3:// or a folder")
     parser.add_argument("--output", required=True, metavar="URL", help="where the index is: s3:// or a folder")
@@ -112,6 +113,7 @@ examples:
         help="encode on all nodes of RAY_ADDRESS, else on a Ray of this machine's own: for more than some million rows",
     )
     add_log_level(parser)
+    argument_file.add_config(parser)
     return parser
 
 

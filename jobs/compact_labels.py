@@ -17,7 +17,7 @@ from typing import get_args
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline import engine
+from pipeline import argument_file, engine
 from pipeline.arguments import add_log_level, positive
 from pipeline.compact import Options, PartitionBy, compact_labels
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceError
@@ -25,7 +25,7 @@ from pipeline.errors import STOPPED, ConflictError, LabelBucketError, SourceErro
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, connect, compact; the exit code."""
-    flags = _parser().parse_args(arguments)
+    flags = argument_file.parse(_parser(), arguments)
     logging.basicConfig(level=flags.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     engine.quieten()
     options = Options(
@@ -70,6 +70,7 @@ examples:
   compact_labels.py --output s3://shop-labels --partition-by label --keep-runs 7
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="URL", help="the --output of the nights: s3:// or a folder")
     parser.add_argument("--space", metavar="ID", help="which embedding space; needed where the output has several")
@@ -95,6 +96,7 @@ examples:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, write and remove nothing")
     add_log_level(parser)
+    argument_file.add_config(parser)
     return parser
 
 

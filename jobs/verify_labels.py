@@ -23,6 +23,7 @@ from pathlib import Path
 # Also without the package installed: from a checkout, or as the working directory of a Ray job.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline import argument_file
 from pipeline.arguments import add_log_level, count
 from pipeline.errors import STOPPED, ConflictError, LabelBucketError
 
@@ -31,7 +32,7 @@ _DEFAULT_SAMPLE_ROWS = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, connect, check, print; the exit code."""
-    options = _parser().parse_args(arguments)
+    options = argument_file.parse(_parser(), arguments)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     from pipeline import engine, verify
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "  5  a check failed\n"
         "example: verify_labels.py --output s3://shop-labels --sample 100",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="URL", help="what label_bucket.py had as its --output")
     parser.add_argument("--space", metavar="ID", help="only this embedding space; default: all of the output")
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="believe the sizes of the listing: files are read only for the catalog's sake, rows are not checked",
     )
     add_log_level(parser)
+    argument_file.add_config(parser)
     return parser
 
 

@@ -28,16 +28,27 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The value of every option: a flag wins over the file of --config, the file over the default.
 
-    `parser` has the options of `add_config`, and none that is required. None for `arguments` is the process's own.
-    SystemExit with code 2, after one line, for an unknown key, a wrong value or an unreadable file; with code 0 after
-    --help and --print-config.
+    `parser` has the options of `add_config`. None for `arguments` is the process's own. SystemExit with code 2, after
+    one line, for an unknown key, a wrong value, an unreadable file or a required option that neither has; with code 0
+    after --help and --print-config.
     """
-    flags = _given(parser, arguments)
-    path: Path | None = flags.get("config")
-    keys = {} if path is None else _read(parser, path)
+    parser.usage = parser.format_usage().removeprefix("usage: ")  # which says what is required, as it is now
+    required = [each for each in _options(parser).values() if each.required]
+    for option in required:
+        option.required = False  # of either alone
+    try:
+        flags = _given(parser, arguments)
+        path: Path | None = flags.get("config")
+        keys = {} if path is None else _read(parser, path)
+    finally:
+        for option in required:
+            option.required = True
     if flags.get("print_config"):
         print(_as_toml(parser, keys, flags), end="")
         raise SystemExit(0)
+    missing = [each.option_strings[0] for each in required if each.dest not in keys | flags]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     return argparse.Namespace(**{name: parser.get_default(name) for name in _options(parser)} | keys | flags)
 
 
@@ -77,7 +88,7 @@ def _read(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
 
 def _has_type(option: argparse.Action, value: Any) -> tuple[bool, str]:
     """Whether a value of TOML is of the kind that an option takes, and which kind that is."""
-    if isinstance(option, argparse.BooleanOptionalAction):
+    if option.nargs == 0:
         return isinstance(value, bool), "true or false"
     if isinstance(option.nargs, int):
         are_texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
@@ -88,9 +99,9 @@ def _has_type(option: argparse.Action, value: Any) -> tuple[bool, str]:
 
 
 def _as_words(option: argparse.Action, value: Any) -> list[str]:
-    flag = option.option_strings[0]
+    flag, *opposite = option.option_strings
     if isinstance(value, bool):
-        return [flag if value else option.option_strings[1]]
+        return [flag] if value else opposite  # of which a plain switch, which is off by itself, has none
     return [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
 
 

@@ -1,5 +1,6 @@
-"""A file of --config beside the flags of a job that uses argparse: the evaluation, whose parser this is."""
+"""A file of --config beside the flags of jobs that use argparse."""
 
+import re
 import runpy
 import tomllib
 from argparse import ArgumentParser, Namespace
@@ -11,11 +12,15 @@ from cluster import ROOT
 from pipeline import argument_file
 
 
-@pytest.fixture(scope="module")
-def parser() -> ArgumentParser:
-    made = runpy.run_path(str(ROOT / "jobs" / "evaluate_checkpoint.py"))["_parser"]()
+def parser_of(job: str) -> ArgumentParser:
+    made = runpy.run_path(str(ROOT / "jobs" / f"{job}.py"))["_parser"]()
     assert isinstance(made, ArgumentParser)
     return made
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    return parser_of("evaluate_checkpoint")
 
 
 def parsed(parser: ArgumentParser, file: Path, text: str, *flags: str) -> Namespace:
@@ -88,3 +93,30 @@ def test_what_print_config_prints_says_where_values_are_from_and_asks_for_the_sa
     wanted = vars(parsed(parser, file, text, *flags))
     (tmp_path / "y.toml").write_text(printed)
     assert vars(argument_file.parse(parser, ["--config", str(tmp_path / "y.toml")])) | {"config": file} == wanted
+
+
+@pytest.mark.parametrize("job", ["build_index", "compact_labels", "verify_labels"])
+def test_what_is_required_may_stand_in_the_file_and_is_asked_for_where_it_stands_nowhere(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, file = parser_of(job), tmp_path / "x.toml"
+    assert "--output URL" in parser.format_usage()
+    for _ in range(2):
+        assert (
+            parsed(parser, file, 'input = "a"\noutput = "b"\n' if job == "build_index" else 'output = "b"').output
+            == "b"
+        )
+        with pytest.raises(SystemExit) as stopped:
+            parsed(parser, file, 'space = "demo-9cdf48b3"\n')
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert re.search(r"error: the following arguments are required: (--input, )?--output\n$", error)
+        assert "[--output URL]" not in error
+
+
+def test_a_switch_is_true_or_false(tmp_path: Path) -> None:
+    parser, file = parser_of("verify_labels"), tmp_path / "x.toml"
+    for text, is_on in (("true", True), ("false", False)):
+        found = parsed(parser, file, f'output = "b"\nno_listing = {text}\n')
+        assert (found.no_listing, found.no_checksums) == (is_on, False)
+    assert parsed(parser, file, 'output = "b"\nno_listing = false\n', "--no-listing").no_listing is True
