@@ -334,7 +334,7 @@ def _of_machines(path: Path) -> Iterator[str]:
         if needed not in options:
             yield f"expected {needed} among the options of docker, found {options}"
     on_host = f"{get_docker_host_mount_location(config['cluster_name'])}{mounted}"
-    if config["initialization_commands"] != [f"chmod a+r {on_host}"]:
+    if config.get("initialization_commands") != [f"chmod a+r {on_host}"]:
         yield f"the container cannot read {on_host}"
     if config.get("setup_commands") != [] or config.get("head_setup_commands") != []:
         yield "expected no setup commands, by default those of Ray, which install another Ray"
