@@ -34,6 +34,7 @@ from moto.iam.exceptions import MalformedPolicyDocument
 from moto.iam.policy_validation import IAMPolicyDocumentValidator
 from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.sdk import get_docker_host_mount_location
 
 from pipeline import argument_file
 from pipeline.errors import ConfigError
@@ -99,6 +100,9 @@ def _of_kubernetes(path: Path) -> Iterator[str]:
             yield from _of_ray_job(document["spec"])
         elif document["kind"] == "RayCronJob":
             yield from _of_ray_job(document["spec"]["jobTemplate"])
+        elif document["kind"] == "PodDisruptionBudget" and not isinstance(document["spec"].get("minAvailable"), int):
+            # https://kubernetes.io/docs/tasks/run-application/configure-pdb/, arbitrary workloads and selectors
+            yield f"expected a number as minAvailable, all that an operator's pods can have, found {document['spec']}"
 
 
 def _of_ray_job(job: Mapping[str, Any]) -> Iterator[str]:
@@ -110,6 +114,10 @@ def _of_ray_job(job: Mapping[str, Any]) -> Iterator[str]:
     script, *flags = shlex.split(job["entrypoint"])
     if not os.access(ROOT / script, os.X_OK):
         yield f"expected a job of this checkout, found {script}"
+    for group in cluster["workerGroupSpecs"]:
+        container = group["template"]["spec"]["containers"][0]
+        if container.get("lifecycle") != {"preStop": {"exec": {"command": ["ray", "stop"]}}}:
+            yield f"{group['groupName']}: its nodes end without a word"
     mounts = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     (folder,) = [each["mountPath"] for each in mounts if each["name"] == "config"]
     if flags != ["--config", f"{folder}/nightly.toml"]:
@@ -216,6 +224,9 @@ def _of_dockerfile(path: Path) -> Iterator[str]:
     for needed in (
         "--require-hashes -r requirements.lock",
         "RAY_AUTH_MODE=token",
+        # For `ray up`, which runs its commands in login shells, and through the head's container.
+        'PATH=/opt/venv/bin:\\$PATH" > /etc/profile.d/',
+        "openssh-client rsync",
         # The same line as in install.sh, so that both install the pinned torch.
         r"""sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml""",
     ):
@@ -315,15 +326,18 @@ def _of_machines(path: Path) -> Iterator[str]:
         yield from (f"{name}: {problem}" for problem in _of_run_instances(node["node_config"]))
     if nodes["gpu-spot"]["node_config"].get("InstanceMarketOptions") != {"MarketType": "spot"}:
         yield "gpu-spot are no spot machines"
+    if not all(nodes[name].get("min_workers") for name in ("cpu", "gpu-spot")):
+        yield "a run would find no machine, and begin without"
     options = " ".join(config["docker"]["run_options"])
     (mounted,) = config["file_mounts"]
-    for needed in (
-        "RAY_AUTH_MODE=token",
-        "RAY_AUTH_TOKEN_PATH=/etc/ray-token",
-        f"--volume {mounted}:/etc/ray-token:ro",
-    ):
+    for needed in ("RAY_AUTH_MODE=token", f"RAY_AUTH_TOKEN_PATH={mounted}"):
         if needed not in options:
             yield f"expected {needed} among the options of docker, found {options}"
+    on_host = f"{get_docker_host_mount_location(config['cluster_name'])}{mounted}"
+    if config.get("initialization_commands") != [f"chmod a+r {on_host}"]:
+        yield f"the container cannot read {on_host}"
+    if config.get("setup_commands") != [] or config.get("head_setup_commands") != []:
+        yield "expected no setup commands, by default those of Ray, which install another Ray"
 
 
 @cache
@@ -369,6 +383,9 @@ def _of_compose_job(service: Mapping[str, Any]) -> Iterator[str]:
         yield "writes to its root or keeps capabilities"
     if not (ROOT / "infra" / service["build"]["context"] / service["build"].get("dockerfile", "Dockerfile")).is_file():
         yield f"is built from nothing: {service['build']}"
+    taken = re.findall(r"^ARG (\w+)", (ROOT / "infra" / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    if unknown := service["build"].get("args", {}).keys() - set(taken):
+        yield f"the image takes no {unknown}"
     python, script, *flags = service["command"].split()
     if python != "python" or not (ROOT / script).is_file():
         yield f"expected a job of this checkout, found {service['command']}"

@@ -42,7 +42,8 @@ def test_the_script_of_what_a_commit_must_pass_is_right() -> None:
 BROKEN = [
     # file, what stands there, what stands there instead, what is said of it
     ("kubernetes/common.yaml", "podSelector: {matchLabels: {app", "podSelectr: {matchLabels: {app", "podSelectr"),
-    ("kubernetes/common.yaml", "maxUnavailable: 1", "maxUnavailable: [1]", "maxUnavailable"),
+    ("kubernetes/common.yaml", "minAvailable: 1", "minAvailable: [1]", "minAvailable"),
+    ("kubernetes/common.yaml", "minAvailable: 1", "maxUnavailable: 1", "expected a number as minAvailable"),
     ("kubernetes/common.yaml", "port: 8265,", "port: 8265, port: 8266,", "twice in one mapping: port"),
     ("kubernetes/common.yaml", "    image_stats =", "    image_stat =", "image_stat; did you mean image_stats?"),
     ("kubernetes/cronjob.yaml", "timeZone:", "timezone:", "timezone"),
@@ -53,6 +54,7 @@ BROKEN = [
     ("kubernetes/rayjob.yaml", "serviceAccountName:", "serviceAcountName:", "serviceAcountName"),
     ("kubernetes/rayjob.yaml", "tolerations:\n", "toleration:\n", "toleration"),
     ("kubernetes/rayjob.yaml", "    authOptions: {mode: token}\n", "", "asks for no token"),
+    ("kubernetes/rayjob.yaml", "lifecycle: *lifecycle\n", "terminationMessagePath: /tmp/x\n", "end without a word"),
     ("kubernetes/rayjob.yaml", 'rayVersion: "2.60.0"', 'rayVersion: "2.59.0"', "found 2.59.0"),
     ("kubernetes/rayjob.yaml", "nightly.toml", "nightly.tml", "nightly.tml"),
     ("kubernetes/raycronjob.yaml", "  schedule:", "  shedule:", "'schedule' is a required property"),
@@ -88,6 +90,7 @@ BROKEN = [
     ("docker/Dockerfile", "COPY pipeline pipeline", "ADD pipeline pipeline", "DL3020"),
     ("docker/Dockerfile", "FROM scratch", "FORM scratch", "unexpected"),
     ("docker/Dockerfile", "USER 10001", "USER root", "runs as root"),
+    ("docker/Dockerfile", "/etc/profile.d/", "/etc/profil.d/", "lacks PATH="),
     ("docker/Dockerfile", "ARG PYTHON=3.12", "ARG PYTHON=3.10", "found 3.10"),
     ("config/quickstart.toml", "limit = 1000", "limits = 1000", "limits; did you mean limit?"),
     ("config/nightly.toml", "top_k = 5 ", "top_k = 0 ", "top_k"),
@@ -103,6 +106,11 @@ BROKEN = [
     ("ray/cluster.yaml", "max_workers: 20", "max_worker: 20", "max_worker"),
     ("ray/cluster.yaml", "InstanceType: c7i", "InstanceTyp: c7i", 'Unknown parameter in input: "InstanceTyp"'),
     ("ray/cluster.yaml", "    - --env RAY_AUTH_MODE=token\n", "", "RAY_AUTH_MODE=token"),
+    ("ray/cluster.yaml", "  /etc/ray-token:", "  /etc/token:", "RAY_AUTH_TOKEN_PATH=/etc/token"),
+    ("ray/cluster.yaml", "chmod a+r", "chmod a-r", "the container cannot read"),
+    ("ray/cluster.yaml", "\nsetup_commands: []", "\nsetup_commands: [pip install ray]", "install another Ray"),
+    ("ray/cluster.yaml", "min_workers: 4", "min_workers: 0", "would find no machine"),
+    ("compose.yaml", "{TORCH_INDEX:", "{TORCH_INDX:", "the image takes no {'TORCH_INDX'}"),
     ("compose.yaml", "cap_drop: [ALL]", "cap_dorp: [ALL]", "cap_dorp"),
     ("compose.yaml", "service_completed_successfully", "service_completed", "depends_on"),
     ("compose.yaml", "127.0.0.1:9000:9000", "9000:9000", "is reached from elsewhere"),
@@ -190,14 +198,17 @@ def test_the_nightly_job_is_the_one_off_job() -> None:
     )
 
 
-def test_the_network_policy_and_the_disruption_budget_mean_the_pods_of_every_cluster() -> None:
+def test_the_network_policy_means_the_pods_of_every_cluster_and_the_disruption_budget_their_heads() -> None:
     common = documents("common.yaml")
-    labels = [CLUSTER["headGroupSpec"]["template"]["metadata"]["labels"]]
-    labels += [group["template"]["metadata"]["labels"] for group in CLUSTER["workerGroupSpecs"]]
-    labels += [documents("rayjob.yaml")["RayJob"]["spec"]["submitterPodTemplate"]["metadata"]["labels"]]
-    for selector in ("podSelector", "selector"):
-        (spec,) = [each["spec"] for each in common.values() if selector in each.get("spec", {})]
-        assert all(spec[selector]["matchLabels"].items() <= each.items() for each in labels)
+    head = CLUSTER["headGroupSpec"]["template"]["metadata"]["labels"]
+    others = [group["template"]["metadata"]["labels"] for group in CLUSTER["workerGroupSpecs"]]
+    others += [documents("rayjob.yaml")["RayJob"]["spec"]["submitterPodTemplate"]["metadata"]["labels"]]
+    means = common["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items()
+    assert all(means <= each.items() for each in (head, *others))
+    # The operator adds the label of the kind of node, and keeps a name that the template gives.
+    held = common["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"].items()
+    assert held <= {**head, "ray.io/node-type": "head"}.items()
+    assert not any(held <= {**each, "ray.io/node-type": "worker"}.items() for each in others)
     (web,) = [each for each in common["NetworkPolicy"]["spec"]["egress"] if "ipBlock" in each["to"][0]]
     assert web["to"][0]["ipBlock"]["except"] == ["169.254.0.0/16"]
 

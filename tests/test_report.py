@@ -24,7 +24,7 @@ from nights import Nights
 from PIL import Image
 from test_sheet import COLOURS, ODD, Page
 
-from pipeline import drift, log, report, samples, storage
+from pipeline import drift, log, past_runs, report, samples, storage
 from pipeline.log import Entry
 from pipeline.progress import Report
 from pipeline.storage import ObjectInfo
@@ -226,6 +226,24 @@ def test_the_same_run_gives_the_same_rows_from_few_files(tmp_path: Path, monkeyp
     assert samples.read(case.output, entry, {}).by_label.keys() == found.by_label.keys()
     late = samples.read(case.output, entry, {}, max_s=0)
     assert (late.num_seen, late.labeled, late.failures) == (0, [], [])
+
+
+def test_what_moved_since_the_last_run_is_said_on_the_page_and_in_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, many(250, images.encode(images.quadrants(), "JPEG")), monkeypatch)
+    last, _ = case.publish({key: ["fish", "none"] for key in case.infos})
+    last.write(case.output)
+    told, entry = case.publish({key: [("fish", "clock")[place % 2], "none"] for place, key in enumerate(case.infos)})
+    rows = published.table(str(tmp_path / "out"), "labels").slice(250)
+    assert told.add_profile(case.output, drift.profile_of(rows), [last.run_id])
+    text = text_of(report.page(case.output, told, entry))
+    assert f"250 images now, 250 in run {last.run_id}." in text
+    assert re.search(r"Images with another label 0\.500 > 0\.\d{3} moved", text)
+    assert re.search(r"Mean confidence 0\.750 → 0\.750 0\.000 ≤ 0\.\d{3} as usual", text)
+    assert "clock 0.0 % 50.0 % fish 100.0 % 50.0 %" in text
+    said = past_runs.summary_text(past_runs.find(case.output, told.run_id), told)
+    assert f"against run {last.run_id}: Images with another label" in said
 
 
 def test_what_keeps_a_page_from_being_made_is_a_warning(
