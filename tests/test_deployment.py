@@ -62,8 +62,8 @@ BROKEN = [
     ("kubernetes/raycronjob.yaml", "  runAsNonRoot: true\n", "  runAsNonRoot: false\n", "may be root"),
     (
         "kubernetes/raycronjob.yaml",
-        "securityContext: *container\n      head",
-        "securityContext: [*container]\n      head",
+        "securityContext: *container\n        volumeMounts:",
+        "securityContext: [*container]\n        volumeMounts:",
         "autosc",
     ),
     ("prometheus/podmonitor.yaml", "podMetricsEndpoints", "podMetricEndpoints", "podMetricEndpoints"),
