@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline import store_s3
 
 def pytest_configure() -> None:
     """Authenticate everything of Ray in these tests: read by its core when a test module imports it."""
+    assert "ray" not in sys.modules, "what this file imports must not import Ray"
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
