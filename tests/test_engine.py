@@ -65,14 +65,14 @@ def test_a_job_that_a_cluster_elsewhere_let_in_without_a_token_says_so_in_one_li
     environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}", "PYTHONPATH": str(ROOT)}
     command = ["unshare", "-rnpf", "--mount-proc", "--kill-child", "sh", "-ec", ON_ANOTHER_ADDRESS]
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # the engine's sockets are below it
-        done = subprocess.run(
-            command, env={**environment, "TEMP_DIR": short}, capture_output=True, text=True, check=False
-        )
+        # Where there is a token in the home, the head asks for it.
+        environment |= {"TEMP_DIR": short, "HOME": short}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "Operation not permitted" in done.stderr:
         pytest.skip("no network namespaces for this user")
     assert done.returncode == 0, done.stdout + done.stderr
-    (warning,) = done.stderr.splitlines()
-    assert warning == engine._warning_of_an_open_cluster("192.0.2.1:6399", {})
+    warnings = [line for line in done.stderr.splitlines() if "CVE-2023-48022" in line]  # Ray has more to say
+    assert warnings == [engine._warning_of_an_open_cluster("192.0.2.1:6399", {})]
 
 
 @pytest.mark.slow
