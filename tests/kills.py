@@ -145,7 +145,7 @@ def watched(
         *verifier.check_redone(kills.reads(), kills.num_faults, kills.num_in_flight),
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=MAX_PROCESS_BYTES, max_s=max_s),
     ]
-    assert findings == []
+    assert findings == [], findings
     assert reader.num_polls > 5
     assert reader.peak_bytes > 0
 
