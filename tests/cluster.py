@@ -169,15 +169,12 @@ class Head:
 @contextmanager
 def running_head(environment: Mapping[str, str], *, num_cpus: int = 2) -> Iterator[Head]:
     """Start a head whose workers get `environment`, token included, and end it with everything it started."""
-    from pipeline.engine import KEEP_IDLE_WORKERS_MS  # Ray's core reads the token when it is imported: not too early
-
     gcs_port, dashboard_port, client_port, agent_port, metrics_port = _free_ports(5)
     full = {
         **environment,
         # A job's `python` is the first one on the head's PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_idle_worker_killing_time_threshold_ms": KEEP_IDLE_WORKERS_MS,
         "OMP_NUM_THREADS": "1",
     }
     command = [
