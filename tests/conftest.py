@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import cloud_servers
@@ -46,16 +47,17 @@ def s3() -> Iterator[S3Server]:
 @pytest.fixture(scope="session")
 def gs() -> Iterator[CloudServer]:
     """A server of Google Cloud Storage, and the standard variable that leads to it."""
-    with pytest.MonkeyPatch.context() as patch, cloud_servers.serve_gs() as server:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server
+    yield from _found_by_variables(cloud_servers.serve_gs())
 
 
 @pytest.fixture(scope="session")
 def az() -> Iterator[CloudServer]:
     """A server of Azure Blob Storage, and the standard variable that leads to it."""
-    with pytest.MonkeyPatch.context() as patch, cloud_servers.serve_az() as server:
+    yield from _found_by_variables(cloud_servers.serve_az())
+
+
+def _found_by_variables(serving: AbstractContextManager[CloudServer]) -> Iterator[CloudServer]:
+    with pytest.MonkeyPatch.context() as patch, serving as server:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
