@@ -8,6 +8,7 @@ or big blocks would be split. And every stage has another `num_cpus`, or the eng
 ones (there is no public switch, ray-project/ray#54433). A module of its own so that the wiring is one expression.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -15,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
@@ -114,27 +114,27 @@ COMMIT_CPUS = 0.05
 
 
 class UnitSummary(NamedTuple):
-    """What became of one unit, and the seconds its stages took."""
+    """What became of one unit, and the seconds its stages took: none, where only its part tells of it."""
 
     range_id: str
     unit_id: str
     num_rows: int
     failures: dict[str, int]
-    fetched_bytes: int
-    """Encoded bytes of the objects that arrived."""
     part_bytes: int
     retries: dict[str, int]
     """Requests to storage that were asked again while it was prepared and committed, by cause, see `store`."""
-    prepare_s: float
-    decode_s: float
+    fetched_bytes: int = 0
+    """Encoded bytes of the objects that arrived."""
+    prepare_s: float = 0
+    decode_s: float = 0
     """Of `prepare_s`: decoding and preprocessing; the rest is waiting for bytes."""
-    label_s: float
-    label_wait_s: float
+    label_s: float = 0
+    label_wait_s: float = 0
     """Its actor was idle before it."""
-    label_queue_s: float
+    label_queue_s: float = 0
     """It was ready, and no actor had taken it."""
-    commit_queue_s: float
-    commit_s: float
+    commit_queue_s: float = 0
+    commit_s: float = 0
 
 
 def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | None) -> Resources:
@@ -195,11 +195,12 @@ def checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vectors
 def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Iterator[UnitSummary]:
     """Do the work, in waves, and give a summary of each unit as its part is committed, in no order.
 
-    A wave whose process dies, or in which nothing moves for `stall_timeout_s`, is begun again with what it had not
-    finished, by new processes; LabelBucketError if that was all of it.
+    A wave whose process dies, or in which nothing moves for `stall_timeout_s`, is begun again with the units that have
+    no part, by new processes; LabelBucketError if that was all of it, the second time in a row.
     """
     for wave in _batched(work, UNITS_PER_WAVE):
         left = {each.unit_id: each for each in wave}
+        was_in_vain = False
         while left:
             num_left = len(left)
             try:
@@ -207,19 +208,33 @@ def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Itera
                     del left[unit.unit_id]
                     yield unit
             except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError, ExecutionTimeoutError) as error:
+                for unit in _committed(task, list(left.values())):
+                    del left[unit.unit_id]
+                    yield unit
                 is_stalled = isinstance(error, ExecutionTimeoutError)
                 why = (
                     f"nothing moved for {task.stall_timeout_s:g} s"
                     if is_stalled
                     else "the process that looks after them died on this node"
                 )
-                if len(left) == num_left:
+                if was_in_vain and len(left) == num_left:
                     look_for = "hangs, or whether it has the nodes it needs" if is_stalled else "was killed, and why"
                     raise LabelBucketError(
-                        f"expected some of {num_left:,} unit(s) to be done, found none: {why}; look at the cluster for"
-                        f" what {look_for}; the same command resumes"
+                        f"expected some of {num_left:,} unit(s) to be done, found none, twice: {why}; look at the"
+                        f" cluster for what {look_for}; the same command resumes"
                     ) from error
+                was_in_vain = len(left) == num_left
                 _log.warning("%s: %s of %s unit(s) are begun again", why, f"{len(left):,}", f"{num_left:,}")
+
+
+def _committed(task: Task, work: Sequence[Work]) -> Iterator[UnitSummary]:
+    """Those of the units that have a part: the summaries that were lost with their wave, without its timings."""
+    output = storage.connect(task.output_url)
+    for range_id, units in itertools.groupby(work, lambda each: each.range_id):
+        finished = parts.finished_units(output, task.run_id, range_id)
+        for unit_id in (each.unit_id for each in units if each.unit_id in finished):
+            _, part = parts.read_part(output, task.run_id, range_id, unit_id)
+            yield UnitSummary(range_id, unit_id, part.num_rows, part.failures, part.size_bytes, retries={})
 
 
 def _wave_beside_this_process(task: Task, resources: Resources, work: Sequence[Work]) -> Iterator[UnitSummary]:
@@ -239,8 +254,11 @@ def _wave_beside_this_process(task: Task, resources: Resources, work: Sequence[W
 def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Iterator[UnitSummary]:
     """One wave in a process that ends with it, because the engine keeps memory of every task of a process for life."""
     with engine.errors():
-        for row in build(task, resources, work).iter_rows():
-            yield UnitSummary(**{**row, **{name: json.loads(row[name]) for name in ("failures", "retries")}})
+        # Not iter_rows, which keeps each unit's summary until the next one's is there.
+        built = build(task, resources, work)
+        for batch in built.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in cast("pa.Table", batch).to_pylist():
+                yield UnitSummary(**{**row, **{name: json.loads(row[name]) for name in ("failures", "retries")}})
 
 
 def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
@@ -394,5 +412,5 @@ def unpack_unit(packed: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
 
 def _batched(items: Iterable[Work], size: int) -> Iterator[list[Work]]:
     iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+    while batch := list(itertools.islice(iterator, size)):
         yield batch

@@ -10,7 +10,7 @@ from pathlib import Path
 import checkpoints
 import pyarrow as pa
 import pytest
-from cluster import Head
+from cluster import Head, wait_until
 from kills import WAVE
 
 from pipeline import canary, catalog, checkpoint, dataset, decode, engine, parts, plan, schema, storage
@@ -95,8 +95,7 @@ def test_one_unit_is_one_block_one_task_in_each_stage_and_one_part(
     driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
 ) -> None:
     task, sealed = planned
-    resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
-    built = dataset.build(task, resources, _work(sealed)).materialize()
+    built = dataset.build(task, _one_actor(), _work(sealed)).materialize()
     rows = built.take_all()
     stats = built.stats()
     assert sealed.summary().num_units == len(rows) == 5
@@ -148,12 +147,33 @@ def test_a_model_that_computes_other_vectors_than_the_first_run_labels_nothing(
     assert sum(unit.num_rows for unit in dataset.label_units(unchanged, resources, _work(sealed))) == 320
 
 
+def _part(task: dataset.Task, work: dataset.Work) -> Path:
+    return Path(task.output_url.removeprefix("file://"), parts.part_key("run", work.range_id, work.unit_id))
+
+
 def _make_committing_hang(task: dataset.Task, work: dataset.Work) -> Path:
     """The part of this unit, at which whoever commits it waits: a pipe in its place that nobody writes into."""
-    part = Path(task.output_url.removeprefix("file://"), parts.part_key("run", work.range_id, work.unit_id))
+    part = _part(task, work)
     part.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(part)
     return part
+
+
+def _one_actor() -> dataset.Resources:
+    return replace(dataset.resolve_resources("auto", None), num_actors=1)
+
+
+def test_a_unit_is_told_of_while_the_next_one_takes_for_ever(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
+) -> None:
+    task, sealed = planned
+    work = _work(sealed)[:2]
+    hanging = _make_committing_hang(task, work[1])
+    units = dataset.label_units(task, _one_actor(), work)
+    assert next(units).unit_id == work[0].unit_id
+    hanging.unlink()
+    os.kill(driver.pid_of(WAVE), signal.SIGKILL)
+    assert [unit.unit_id for unit in units] == [work[1].unit_id]
 
 
 def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
@@ -162,7 +182,7 @@ def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
     task, sealed = planned
     work = _work(sealed)
     hanging = _make_committing_hang(task, work[-1])
-    units = dataset.label_units(task, replace(dataset.resolve_resources("auto", None), num_actors=1), work)
+    units = dataset.label_units(task, _one_actor(), work)
     done = [next(units)]
     hanging.unlink()
     os.kill(driver.pid_of(WAVE), signal.SIGKILL)
@@ -172,17 +192,40 @@ def test_a_wave_whose_process_is_killed_is_begun_again_with_what_was_left_of_it(
     assert sum(unit.num_rows for unit in done) == 320
 
 
-def test_a_wave_whose_process_is_killed_before_a_unit_is_done_is_an_error(
-    driver: Head, planned: tuple[dataset.Task, plan.RangePlan]
+def test_a_unit_that_has_its_part_when_its_wave_dies_is_counted_and_not_done_again(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, sealed = planned
+    work = _work(sealed)[:2]
+    before = {unit.unit_id: unit for unit in dataset.label_units(task, _one_actor(), work)}
+    finished = _part(task, work[0]).rename(tmp_path / "finished")
+    _part(task, work[1]).unlink()
+    hanging = [_make_committing_hang(task, each) for each in work]
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(list, dataset.label_units(task, _one_actor(), work))
+        wave = driver.pid_of(WAVE)
+        finished.replace(hanging[0])
+        hanging[1].unlink()
+        os.kill(wave, signal.SIGKILL)
+        after = {unit.unit_id: unit for unit in ended.result()}
+    assert "died on this node: 1 of 2 unit(s) are begun again" in caplog.text
+    for each in work:
+        assert after[each.unit_id][:5] == before[each.unit_id][:5]  # all but retries and times
+    assert [after[each.unit_id].prepare_s > 0 for each in work] == [False, True]
+
+
+def test_a_wave_whose_process_is_killed_twice_before_a_unit_is_done_is_an_error(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan], caplog: pytest.LogCaptureFixture
 ) -> None:
     task, sealed = planned
     work = _work(sealed)[-1:]
     _make_committing_hang(task, work[0])
     with ThreadPoolExecutor(1) as pool:
-        resources = replace(dataset.resolve_resources("auto", None), num_actors=1)
-        ended = pool.submit(list, dataset.label_units(task, resources, work))
+        ended = pool.submit(list, dataset.label_units(task, _one_actor(), work))
         os.kill(driver.pid_of(WAVE), signal.SIGKILL)
-        with pytest.raises(LabelBucketError, match=r"^expected some of 1 unit\(s\) .* found none: the process"):
+        wait_until(lambda: "1 of 1 unit(s) are begun again" in caplog.text)
+        os.kill(driver.pid_of(WAVE), signal.SIGKILL)
+        with pytest.raises(LabelBucketError, match=r"^expected some of 1 unit\(s\) .* found none, twice: the process"):
             ended.result()
 
 
