@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from checkpoints import PUBLISHED
 from pipeline import checkpoint, model
 from pipeline.preprocess import spec_from_config
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_WAIT_S = 600
 
 
@@ -141,13 +143,14 @@ def _forward(folder: str, settings: list[Setting], num_rounds: int, seconds: flo
 def _head(num_rounds: int, num_cores: int) -> list[str]:
     cpu_lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     cpu = cpu_lines[0].partition(":")[2].strip() if cpu_lines else platform.machine()
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return [
         "# Forward passes on CPU: threads, images at once, compiled or not",
         "",
         f"    python tests/benchmarks/cpu_forward.py {' '.join(sys.argv[1:])}".rstrip(),
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu}, {num_cores} cores, torch {torch.__version__}, fp32; medians, lowest and"
-        f" highest of {num_rounds} rounds.",
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.stdout.strip()}; {cpu}, {num_cores} cores, torch"
+        f" {torch.__version__}, fp32; medians, lowest and highest of {num_rounds} rounds.",
         "",
     ]
 
