@@ -185,6 +185,7 @@ def checked_labeler(task: Task, device: Device) -> tuple[Labeler, canary.Vectors
         device=device,
         precision=task.precision,
         batch_size=task.batch_size,
+        is_compiled=device == "cuda",  # on CPU it gains next to nothing, see tests/benchmarks/cpu_forward.md
     )
     vectors = labeler.canary_vectors()
     if task.canaries is not None:

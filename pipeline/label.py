@@ -6,7 +6,6 @@ pay for torch: the import happens in the actor's constructor.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,6 @@ import pyarrow.compute as pc
 
 from pipeline import canary, checkpoint, schema
 from pipeline.errors import ConfigError, FailureKind
-from pipeline.storage import describe
 
 if TYPE_CHECKING:
     from pipeline.model import Precision, Prediction
@@ -27,8 +25,8 @@ _log = logging.getLogger(__name__)
 Device = Literal["cpu", "cuda"]
 
 DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 8, "cuda": 256}
-"""Images per forward pass. On CPU those whose activations stay in the cache: a fifth faster than 32 for DeiT-tiny, an
-eighth for DeiT-small (tests/benchmarks/cpu_forward.md)."""
+"""Images per forward pass; on a GPU fewer where its memory asks for it. On CPU those whose activations stay in the
+cache: a fifth faster than 32 for DeiT-tiny, an eighth for DeiT-small (tests/benchmarks/cpu_forward.md)."""
 _ADDED = ("label_ids", "label_names", "label_scores", "embedding")
 
 
@@ -42,9 +40,8 @@ def compute_precision(precision: Literal["auto", "fp32", "bf16"], device: Device
 class Labeler:
     """The actor. Built where it runs, from small picklable arguments; called with one unit (schema.DECODED) at a time.
 
-    Micro-batches hold the decodable rows of the unit, at most `batch_size` of them, and the last one is padded to
-    that size (with whatever was there: rows do not see each other): a row's result depends on its unit and on nothing
-    that happened to travel with it.
+    Micro-batches hold the decodable rows of the unit, `batch_size` of them: a row's result depends on its unit and on
+    nothing that happened to travel with it.
 
     `model` and `revision` are those of `checkpoint.resolve`, here on the actor's node; `weights_digest` is the one
     that the driver saw, and finding another is a ConfigError. So are a device that is not there and a `top_k` larger
@@ -65,6 +62,7 @@ class Labeler:
         precision: Literal["auto", "fp32", "bf16"] = "auto",
         batch_size: int | None = None,
         num_threads: int = 1,
+        is_compiled: bool = False,
         cache_dir: Path | None = None,
     ) -> None:
         from pipeline import model as torch_model
@@ -78,26 +76,24 @@ class Labeler:
         if not 1 <= top_k <= len(found.label_names):
             raise ConfigError(f"--top-k: expected 1 to {len(found.label_names)}, the labels of {model}; found {top_k}")
         torch_model.prepare_process(num_threads if device == "cpu" else None)
-        self._classifier = torch_model.load(
+        classifier = torch_model.load(
             found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
         )
-        self._predict, self._is_out_of_memory = torch_model.predict, torch_model.is_out_of_memory
+        size = batch_size or torch_model.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
+        self._predict = torch_model.Predictor(
+            classifier, (size, spec.input_px, spec.input_px, 3), is_compiled=is_compiled
+        )
         self._model, self._spec = model, spec
         self._label_names = np.array(found.label_names, dtype=object)
         self._top_k = top_k
         self._embedding_dim = None if pooling == "none" else found.embedding_dim
-        self._batch_BHWC = np.zeros(
-            (batch_size or DEFAULT_BATCH_SIZE[device], spec.input_px, spec.input_px, 3), dtype=np.uint8
-        )
 
     def with_spec(self, spec: checkpoint.PreprocessSpec) -> "Labeler":
-        """The same model, which is in memory once, for units of another preprocessing. One of both at a time: they
-        share their batch.
-        """
+        """The same model, which is in memory once, for units of another preprocessing."""
         if spec.input_px != self._spec.input_px:
             raise ValueError(f"expected a model input of {self._spec.input_px} px, found {spec.input_px}")
         other = copy.copy(self)
-        other._classifier, other._spec = self._classifier.with_spec(spec), spec
+        other._predict, other._spec = self._predict.with_spec(spec), spec
         return other
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -107,14 +103,14 @@ class Labeler:
         numbers become failures of kind `model_nonfinite`, stage `label`. Raises ValueError for a row that neither
         failed nor has the pixels of one model input: a stage before this one is broken.
         """
-        pixels = pixel_views(table["pixels"], self._batch_BHWC.shape[1:])
+        pixels = pixel_views(table["pixels"], self._predict.shape_BHWC[1:])
         rows = np.flatnonzero(table["failure_kind"].is_null().to_numpy()).tolist()
         results = _Results(len(table), self._top_k, self._embedding_dim)
         images = [image for row in rows if (image := pixels[row]) is not None]
         if len(images) != len(rows):
             uri = next(table["uri"][row] for row in rows if pixels[row] is None)
             raise ValueError(f"{uri}: expected a failure or a model input's pixels, found neither")
-        for batch, prediction in self._predict_all(images, top_k=self._top_k):
+        for batch, prediction in self._predict(images, top_k=self._top_k):
             results.put(rows[batch], prediction)
         return self._to_table(table, results)
 
@@ -124,41 +120,11 @@ class Labeler:
         The embedding; without one (pooling `none`) the centred logits. Raises ConfigError if a vector is not finite.
         """
         images, vectors = canary.pixels(self._spec), []
-        for batch, found in self._predict_all(images, top_k=len(self._label_names)):
+        for batch, found in self._predict(images, top_k=len(self._label_names)):
             num_images = len(images[batch])
             vectors.append(canary.vectors_of(found.label_ids_Bk, found.scores_Bk, found.embedding_BD)[:num_images])
         canary.check_lengths(np.concatenate(vectors), self._model)
         return np.concatenate(vectors)
-
-    def _predict_all(
-        self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int
-    ) -> Iterator[tuple[slice, "Prediction"]]:
-        """Micro-batch by micro-batch: which images, and their prediction, of whose rows only so many count.
-
-        Where the device runs out of memory, the micro-batches of this actor are halved for good. ConfigError if not
-        even one image fits.
-        """
-        start = 0
-        while start < len(images):
-            batch = slice(start, start + len(self._batch_BHWC))
-            for position, image in enumerate(images[batch]):
-                self._batch_BHWC[position] = image
-            try:
-                prediction = self._predict(self._classifier, self._batch_BHWC, top_k=top_k)
-            except Exception as error:
-                if not self._is_out_of_memory(error):
-                    raise
-                size = len(self._batch_BHWC)
-                if size == 1:
-                    raise ConfigError(
-                        f"model {self._model}: expected memory for one image of {self._spec.input_px} px on this node,"
-                        f" found too little: {describe(error)}; use nodes or devices with more, or fewer --gpu-actors"
-                    ) from error
-                _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
-                self._batch_BHWC = self._batch_BHWC[: size // 2].copy()
-                continue
-            yield batch, prediction
-            start = batch.stop
 
     def _to_table(self, table: pa.Table, results: "_Results") -> pa.Table:
         nonfinite = pa.array(results.is_nonfinite)

@@ -6,6 +6,8 @@ A module of its own because it is the only one that imports torch and transforme
 the actors should pay.
 """
 
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,8 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.checkpoint import Checkpoint, Pooling, PreprocessSpec
 from pipeline.errors import ConfigError
+from pipeline.storage import describe
+
+_log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
+_Forward = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 _CLASSES: dict[str, type[PreTrainedModel]] = {
     "ViTForImageClassification": ViTForImageClassification,
@@ -92,9 +98,14 @@ class Classifier(torch.nn.Module):
             self._input_BCHW = torch.empty(shape, dtype=torch.float32, device=pixels_BHWC.device)
         return self._input_BCHW
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._mean.device
+
     def with_spec(self, spec: PreprocessSpec) -> "Classifier":
         """The same weights, which are in memory once, behind the normalization of another preprocessing."""
-        return Classifier(self._network, spec, self._pooling).eval().to(self._mean.device)
+        return Classifier(self._network, spec, self._pooling).eval().to(self.device)
 
     def _pool(self, tokens_BTD: torch.Tensor) -> torch.Tensor:
         match self._pooling:
@@ -108,6 +119,8 @@ class Classifier(torch.nn.Module):
                 return tokens_BTD[:, self._num_special_tokens :].mean(dim=1)
 
 
+_NUM_TRIED = 8
+"""Images of the forward pass that says how much memory one takes."""
 _OUT_OF_CPU_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
 
 
@@ -138,20 +151,175 @@ def load(
 
 def predict(classifier: Classifier, pixels_BHWC: npt.NDArray[np.uint8], *, top_k: int) -> Prediction:
     """Label B images: uint8 (B, H, W, 3), a writable C-contiguous array."""
-    device = next(classifier.parameters()).device
     with torch.inference_mode():
-        logits_BK, embedding_BD = classifier(torch.from_numpy(pixels_BHWC).to(device))
-        scores_Bk, ids_Bk = _best(torch.softmax(logits_BK, dim=1), top_k)
-        is_finite_B = torch.isfinite(logits_BK).all(dim=1)
-        if embedding_BD is not None:
-            # One criterion for NaN, infinities, a zero vector and an overflowed norm: none has length 1.
-            is_finite_B &= (torch.linalg.vector_norm(embedding_BD, dim=1) - 1).abs() < 1e-3
-        return Prediction(
-            label_ids_Bk=ids_Bk.to(torch.int32).cpu().numpy(),
-            scores_Bk=scores_Bk.cpu().numpy(),
-            embedding_BD=None if embedding_BD is None else embedding_BD.cpu().numpy(),
-            is_finite_B=is_finite_B.cpu().numpy(),
-        )
+        outputs = _outputs(classifier, torch.from_numpy(pixels_BHWC).to(classifier.device), top_k)
+        return _prediction(_to_host(outputs, non_blocking=False))
+
+
+_Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""A `Prediction`, of tensors."""
+
+
+def _outputs(forward: _Forward, pixels_BHWC: torch.Tensor, top_k: int) -> _Outputs:
+    logits_BK, embedding_BD = forward(pixels_BHWC)
+    scores_Bk, ids_Bk = _best(torch.softmax(logits_BK, dim=1), top_k)
+    is_finite_B = torch.isfinite(logits_BK).all(dim=1)
+    if embedding_BD is not None:
+        # One criterion for NaN, infinities, a zero vector and an overflowed norm: none has length 1.
+        is_finite_B &= (torch.linalg.vector_norm(embedding_BD, dim=1) - 1).abs() < 1e-3
+    return ids_Bk.to(torch.int32), scores_Bk, embedding_BD, is_finite_B
+
+
+def _to_host(outputs: _Outputs, *, non_blocking: bool) -> _Outputs:
+    ids_Bk, scores_Bk, embedding_BD, is_finite_B = outputs
+    return (
+        ids_Bk.to("cpu", non_blocking=non_blocking),
+        scores_Bk.to("cpu", non_blocking=non_blocking),
+        None if embedding_BD is None else embedding_BD.to("cpu", non_blocking=non_blocking),
+        is_finite_B.to("cpu", non_blocking=non_blocking),
+    )
+
+
+def _prediction(outputs: _Outputs) -> Prediction:
+    ids_Bk, scores_Bk, embedding_BD, is_finite_B = outputs
+    embedding = None if embedding_BD is None else embedding_BD.numpy()
+    return Prediction(ids_Bk.numpy(), scores_Bk.numpy(), embedding, is_finite_B.numpy())
+
+
+class Predictor:
+    """A classifier for any number of images, in micro-batches of one size, of which the last is padded with whatever
+    was there: rows do not see each other.
+
+    Two micro-batches take turns: while the device computes one, the other is put together in pinned memory and copied
+    by a stream of its own. On CPU torch's streams and events are there and do nothing, so both are one code path.
+
+    `is_compiled`: by `torch.compile` for this one shape, at once; without, and with a warning, where that fails.
+    """
+
+    def __init__(self, classifier: Classifier, shape_BHWC: tuple[int, int, int, int], *, is_compiled: bool) -> None:
+        self.classifier = classifier
+        self._device_module: Any = torch.get_device_module(classifier.device)
+        self._copying = self._device_module.Stream()
+        self._allocate(shape_BHWC)
+        self._is_compiled = is_compiled
+        self._forward = _compiled(classifier, self._turns[0].on_device) if is_compiled else classifier
+
+    def with_spec(self, spec: PreprocessSpec) -> "Predictor":
+        """The same weights behind the normalization of another preprocessing."""
+        return Predictor(self.classifier.with_spec(spec), self.shape_BHWC, is_compiled=self._is_compiled)
+
+    def __call__(self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int) -> Iterator[tuple[slice, Prediction]]:
+        """Micro-batch by micro-batch: which images, each uint8 (H, W, 3), and their prediction, of whose rows only so
+        many count.
+
+        Where the device runs out of memory, the micro-batches are halved for good. ConfigError if not even one image
+        fits.
+        """
+        start, under_way = 0, None
+        while start < len(images):
+            batch = slice(start, start + self.shape_BHWC[0])
+            try:
+                launched = self._launch(images[batch], top_k)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(error)
+                continue
+            if under_way is not None:
+                yield self._finish(*under_way)
+            under_way = batch, *launched
+            start = batch.stop
+        if under_way is not None:
+            yield self._finish(*under_way)
+
+    def _launch(self, images: Sequence[npt.NDArray[np.uint8]], top_k: int) -> tuple[_Outputs, Any]:
+        """What will have been predicted, in host memory, once the event has happened."""
+        turn, computing = self._turns[0], self._device_module.current_stream()
+        turn.is_copied.synchronize()
+        for position, image in enumerate(images):
+            turn.pixels_BHWC[position] = image
+        with torch.inference_mode():
+            with self._device_module.stream(self._copying):
+                self._copying.wait_event(turn.is_computed)
+                turn.on_device.copy_(turn.host, non_blocking=True)
+                turn.is_copied.record(self._copying)
+            computing.wait_event(turn.is_copied)
+            outputs = _outputs(self._forward, turn.on_device, top_k)
+            turn.is_computed.record(computing)
+            on_host = _to_host(outputs, non_blocking=True)
+        is_there = self._device_module.Event()
+        is_there.record(computing)
+        self._turns.reverse()
+        return on_host, is_there
+
+    @staticmethod
+    def _finish(batch: slice, on_host: _Outputs, is_there: Any) -> tuple[slice, Prediction]:
+        is_there.synchronize()
+        return batch, _prediction(on_host)
+
+    def _halve(self, error: Exception) -> None:
+        num_images, height_px, *_ = self.shape_BHWC
+        if num_images == 1:
+            raise ConfigError(
+                f"expected memory for one image of {height_px} px on this node, found too little: {describe(error)};"
+                " use nodes or devices with more, or fewer --gpu-actors"
+            ) from error
+        _log.warning("out of memory with %d images per forward pass: going on with %d", num_images, num_images // 2)
+        self._allocate((num_images // 2, *self.shape_BHWC[1:]))
+
+    def _allocate(self, shape_BHWC: tuple[int, int, int, int]) -> None:
+        self._turns: list[_Turn] = []  # before the others are there
+        self.shape_BHWC = shape_BHWC
+        self._turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(2)]
+
+
+class _Turn:
+    """Memory of one micro-batch on the host and on the device, on CPU the same, and when it is free again."""
+
+    def __init__(self, shape_BHWC: tuple[int, int, int, int], device: torch.device) -> None:
+        self.host = torch.zeros(shape_BHWC, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.pixels_BHWC: npt.NDArray[np.uint8] = self.host.numpy()
+        self.on_device = self.host.to(device)
+        device_module: Any = torch.get_device_module(device)
+        self.is_copied, self.is_computed = device_module.Event(), device_module.Event()
+        # This may be memory of which what was launched before it still reads.
+        self.is_computed.record(device_module.current_stream())
+
+
+def _compiled(classifier: Classifier, pixels_BHWC: torch.Tensor) -> _Forward:
+    compiled: _Forward = torch.compile(classifier, dynamic=False)
+    try:
+        with torch.inference_mode():
+            classifier(pixels_BHWC)  # or what only the first pass does would be compiled, and compiled again without
+            compiled(pixels_BHWC)
+    except RuntimeError as error:  # of which those of torch's compilers are
+        if is_out_of_memory(error):
+            return compiled  # for the smaller micro-batches that come of it
+        _log.warning("torch.compile: %s; going on without, which is slower", describe(error))
+        return classifier
+    return compiled
+
+
+def fitting_batch_size(classifier: Classifier, input_px: int, most: int) -> int:
+    """Images per forward pass, at most `most`, whose activations take half of the GPU memory that is free, by what a
+    few of them take. On CPU `most`.
+    """
+    if classifier.device.type != "cuda":
+        return most
+    pixels_BHWC = torch.zeros((_NUM_TRIED, input_px, input_px, 3), dtype=torch.uint8, device=classifier.device)
+    allocated_bytes = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.inference_mode():
+        classifier(pixels_BHWC)
+    bytes_per_image = (torch.cuda.max_memory_allocated() - allocated_bytes) / _NUM_TRIED
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return batch_size_for(free_bytes, bytes_per_image, most)
+
+
+def batch_size_for(free_bytes: int, bytes_per_image: float, most: int) -> int:
+    """The largest power of two, from 1 to `most`, whose images take half of the free memory."""
+    num_fitting = int(free_bytes / 2 / bytes_per_image)
+    return min(most, 1 << max(0, num_fitting.bit_length() - 1))
 
 
 def _best(scores_BK: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

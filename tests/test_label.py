@@ -284,7 +284,7 @@ def test_the_model_behind_another_normalization_is_the_one_that_was_built_for_it
     other = labeler.with_spec(spec)
     assert _bytes(other(table)) == _bytes(_labeler(found, spec=spec)(table)) != before
     assert _bytes(labeler(table)) == before
-    weights = [{each.data_ptr() for each in one._classifier.parameters()} for one in (labeler, other)]
+    weights = [{each.data_ptr() for each in one._predict.classifier.parameters()} for one in (labeler, other)]
     assert weights[0] == weights[1]
     with pytest.raises(ValueError, match="expected a model input of 32 px, found 16"):
         labeler.with_spec(checkpoints.squash_spec(16))
@@ -348,12 +348,12 @@ from pipeline.label import Labeler
 
 arguments, images, spare_bytes, into = pickle.loads(Path(sys.argv[1]).read_bytes())
 labeler = Labeler(**arguments)
-if labeler._batch_BHWC.shape[0] > 1:
-    [*Labeler(**arguments | {"batch_size": 1})._predict_all(images[:1], top_k=3)]  # what only the first pass allocates
+if labeler._predict.shape_BHWC[0] > 1:
+    [*Labeler(**arguments | {"batch_size": 1})._predict(images[:1], top_k=3)]  # what only the first pass allocates
 if spare_bytes:
     used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + spare_bytes,) * 2)
-found = [(batch, each.label_ids_Bk) for batch, each in labeler._predict_all(images, top_k=3)]
+found = [(batch, each.label_ids_Bk) for batch, each in labeler._predict(images, top_k=3)]
 rows = np.concatenate([ids[: len(images[batch])] for batch, ids in found])
 Path(into).write_bytes(pickle.dumps((rows, [len(ids) for _, ids in found])))
 """

@@ -273,6 +273,7 @@ def _actor(options: argparse.Namespace, found: Checkpoint, spec: PreprocessSpec)
         device=options.device,
         batch_size=options.actor_batch_size,
         num_threads=torch.get_num_threads(),
+        is_compiled=options.compile,
     )
     num_images = options.unit_images or plan.UnitSizes.of(spec.input_px, 2).max_unit_rows
     # Several, so that no cache holds the pixels of the next.

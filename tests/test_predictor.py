@@ -1,0 +1,162 @@
+"""Every way to compute a forward pass beside the plain one: fp32, eager, on CPU, one image at a time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from pipeline import checkpoint, model
+from pipeline.decode import DEFAULT_LIMITS
+from pipeline.draw import draw_file
+from pipeline.model import Precision
+from pipeline.picture import Recipe, make_picture
+from pipeline.preprocess import spec_from_config
+
+NUM_IMAGES = 23
+"""Six micro-batches of four, of which two take turns; the last is not full."""
+BATCH_SIZE = 4
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WAYS = [
+    pytest.param("cpu", "fp32", False, id="cpu-fp32"),
+    pytest.param("cpu", "bf16", False, id="cpu-bf16"),
+    pytest.param("cpu", "fp32", True, id="cpu-fp32-compiled", marks=pytest.mark.slow),
+    pytest.param("cpu", "bf16", True, id="cpu-bf16-compiled", marks=pytest.mark.slow),
+    pytest.param("cuda", "fp32", False, id="cuda-fp32", marks=ON_GPU),
+    pytest.param("cuda", "fp32", True, id="cuda-fp32-compiled", marks=ON_GPU),
+    pytest.param("cuda", "bf16", False, id="cuda-bf16", marks=ON_GPU),
+    pytest.param("cuda", "bf16", True, id="cuda-bf16-compiled", marks=ON_GPU),
+]
+
+
+@pytest.fixture(scope="module")
+def found() -> checkpoint.Checkpoint:
+    """The trained one: behind random weights nearly equal numbers are other labels."""
+    return checkpoint.resolve(checkpoint.DEMO)
+
+
+@pytest.fixture(scope="module")
+def images(found: checkpoint.Checkpoint) -> list[npt.NDArray[np.uint8]]:
+    recipe = Recipe(spec=_spec(found), limits=DEFAULT_LIMITS)
+    files = [draw_file(3, number, broken_fraction=0) for number in range(NUM_IMAGES)]
+    return [make_picture(file.data, recipe)[0] for file in files]
+
+
+def _spec(found: checkpoint.Checkpoint) -> checkpoint.PreprocessSpec:
+    return spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
+
+
+def _predicted(
+    found: checkpoint.Checkpoint,
+    images: list[npt.NDArray[np.uint8]],
+    device: str,
+    precision: Precision,
+    *,
+    is_compiled: bool,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Labels, scores and vectors."""
+    classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision=precision)
+    shape = (BATCH_SIZE, found.input_px, found.input_px, 3)
+    predictor = model.Predictor(classifier, shape, is_compiled=is_compiled)
+    rows = [(each, len(images[batch])) for batch, each in predictor(images, top_k=5)]
+    assert [number for _, number in rows] == [4, 4, 4, 4, 4, 3]
+    vectors = [each.embedding_BD[:number] for each, number in rows if each.embedding_BD is not None]
+    return (
+        np.concatenate([each.label_ids_Bk[:number] for each, number in rows]),
+        np.concatenate([each.scores_Bk[:number] for each, number in rows]),
+        np.concatenate(vectors),
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(found: checkpoint.Checkpoint, images: list[npt.NDArray[np.uint8]]) -> model.Prediction:
+    classifier = model.load(found, _spec(found), pooling="pooled", device="cpu", precision="fp32")
+    each = [model.predict(classifier, image[None].copy(), top_k=5) for image in images]
+    return model.Prediction(
+        np.concatenate([one.label_ids_Bk for one in each]),
+        np.concatenate([one.scores_Bk for one in each]),
+        np.concatenate([one.embedding_BD for one in each if one.embedding_BD is not None]),
+        np.concatenate([one.is_finite_B for one in each]),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # which torch uses in its compiler
+@pytest.mark.parametrize(("device", "precision", "is_compiled"), WAYS)
+def test_every_way_to_compute_agrees_with_one_image_at_a_time_in_float32(
+    found: checkpoint.Checkpoint,
+    images: list[npt.NDArray[np.uint8]],
+    plain: model.Prediction,
+    device: str,
+    precision: Precision,
+    is_compiled: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ids, scores, vectors = _predicted(found, images, device, precision, is_compiled=is_compiled)
+    assert [each.getMessage() for each in caplog.records if each.name == model.__name__] == [], "it was not compiled"
+    assert plain.embedding_BD is not None
+    cosines = (vectors * plain.embedding_BD).sum(axis=1)
+    pairs = zip(ids.tolist(), plain.label_ids_Bk.tolist(), strict=True)
+    top5_agreement = np.mean([len({*ours} & {*theirs}) / 5 for ours, theirs in pairs])
+    if precision == "fp32":
+        np.testing.assert_allclose(vectors, plain.embedding_BD, atol=1e-5)  # measured on CPU, compiled: 2e-7
+        np.testing.assert_allclose(scores, plain.scores_Bk, atol=1e-5)  # 3e-7
+        assert top5_agreement == 1
+    else:
+        assert cosines.min() > 0.9995  # measured on CPU: 0.99993; compiled: 0.99997
+        np.testing.assert_allclose(scores, plain.scores_Bk, atol=0.02)  # 0.006
+        assert top5_agreement > 0.95  # 0.99
+        assert not np.array_equal(vectors, plain.embedding_BD), "bf16 was not used"
+
+
+WITHOUT_A_COMPILER = """
+import sys
+import numpy as np
+from pipeline import checkpoint, model
+from pipeline.preprocess import spec_from_config
+
+found = checkpoint.resolve(checkpoint.DEMO)
+spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
+classifier = model.load(found, spec, pooling="pooled", device="cpu", precision="fp32")
+predictor = model.Predictor(classifier, (1, found.input_px, found.input_px, 3), is_compiled=True)
+image = np.zeros((found.input_px, found.input_px, 3), np.uint8)
+((_, prediction),) = predictor([image], top_k=5)
+assert (prediction.label_ids_Bk == model.predict(classifier, image[None], top_k=5).label_ids_Bk).all()
+"""
+
+
+@pytest.mark.slow
+def test_a_node_without_a_compiler_computes_without_and_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_A_COMPILER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("torch.compile: ")
+    assert "/no/such/compiler" in done.stderr
+    assert done.stderr.rstrip().endswith("going on without, which is slower")
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "bytes_per_image", "most", "expected"),
+    [
+        (80e9, 12e6, 256, 256),
+        (2e9, 12e6, 256, 64),  # 83 would fit
+        (2 * 64 * 12e6, 12e6, 256, 64),
+        (1e6, 12e6, 256, 1),  # then it runs out of memory and says so
+        (80e9, 12e6, 48, 48),
+    ],
+)
+def test_a_micro_batch_on_a_gpu_takes_at_most_half_of_its_free_memory(
+    free_bytes: float, bytes_per_image: float, most: int, expected: int
+) -> None:
+    assert model.batch_size_for(int(free_bytes), bytes_per_image, most) == expected
+
+
+@ON_GPU
+def test_a_small_model_fits_a_gpu_whole_units_at_a_time(found: checkpoint.Checkpoint) -> None:
+    classifier = model.load(found, _spec(found), pooling="pooled", device="cuda", precision="bf16")
+    assert model.fitting_batch_size(classifier, found.input_px, 256) == 256
