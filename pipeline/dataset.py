@@ -11,6 +11,7 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 import itertools
 import json
 import logging
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,6 +136,8 @@ class UnitSummary(NamedTuple):
     """It was ready, and no actor had taken it."""
     commit_queue_s: float = 0
     commit_s: float = 0
+    warnings: Sequence[str] = ()
+    """What its actor had to say since its last unit, and the name of its node."""
 
 
 def resolve_resources(device: Literal["auto", "cpu", "cuda"], num_actors: int | None) -> Resources:
@@ -259,7 +262,8 @@ def _label_wave(task: Task, resources: Resources, work: Sequence[Work]) -> Itera
         built = build(task, resources, work)
         for batch in built.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in cast("pa.Table", batch).to_pylist():
-                yield UnitSummary(**{**row, **{name: json.loads(row[name]) for name in ("failures", "retries")}})
+                parsed = {name: json.loads(row[name]) for name in ("failures", "retries", "warnings")}
+                yield UnitSummary(**{**row, **parsed})
 
 
 def build(task: Task, resources: Resources, work: Sequence[Work]) -> Dataset:
@@ -348,6 +352,8 @@ class _Label:
 
     def __init__(self, task: Task, device: Device) -> None:
         self._labeler: Labeler | LabelBucketError
+        self._warnings = _Warnings()
+        logging.getLogger("pipeline").addHandler(self._warnings)
         try:
             self._labeler, _ = checked_labeler(task, device)
         except LabelBucketError as error:
@@ -367,9 +373,25 @@ class _Label:
             "label_s": ended_s - started_s,
             "label_queue_s": queue_s,
             "labeled_at_s": time.time(),
+            "warnings": json.dumps(self._warnings.take()),
         }
         self._idle_since_s = ended_s
         return pack_unit(labeled, facts | timings)
+
+
+class _Warnings(logging.Handler):
+    """Warnings of this process, kept for the driver: what workers print stays on their nodes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(f"{platform.node()}: {record.getMessage()}")
+
+    def take(self) -> list[str]:
+        texts, self._texts = self._texts, []
+        return texts
 
 
 def _commit(task: Task, packed: pa.Table) -> pa.Table:

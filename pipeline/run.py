@@ -273,7 +273,12 @@ def _label(
     output_url = request.output.root
     try:
         with telemetry.showing(output_url, claim.run_id, request.space_id, resources, progress):
+            told: set[str] = set()
             for unit in dataset.label_units(task, resources, itertools.chain([first], work)):
+                for text in unit.warnings:
+                    if text not in told:
+                        told.add(text)
+                        _log.warning("%s", text)
                 progress.add(unit)
                 telemetry.count_unit(output_url, unit)
                 crash_point("part-committed")

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,7 @@ class Node:
 
     def raylet(self) -> int:
         """The process that is the node: without it the others end, and the cluster counts it as dead."""
-        (pid,) = [pid for pid in self.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "raylet"]
-        return pid
+        return only(self.processes(""), "raylet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +224,12 @@ def processes(session: int, title: str) -> list[int]:
                     if command.startswith(title):
                         found.append(int(folder.name))
     return found
+
+
+def only(pids: Sequence[int], program: str) -> int:
+    """The one process that runs `program`."""
+    (pid,) = [pid for pid in pids if Path(f"/proc/{pid}/exe").resolve().name == program]
+    return pid
 
 
 def _rss_bytes(pid: int) -> int:

@@ -3,6 +3,7 @@ run ends with the rows of an undisturbed one, or says why not, and then the same
 """
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import checkpoints
 import pytest
 import verifier
-from cluster import Head, Node, running_head, wait_until
+from cluster import Head, Node, only, running_head, wait_until
 from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed, watched
 from servers import S3Server, Storm
 from verifier import Place
@@ -111,10 +112,7 @@ def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_anoth
     with watched(kills, source, undisturbed, model, head.rss_bytes, MAX_S):
         with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
             kills.wait_for_work(driver.poll)
-            (gcs,) = [
-                pid for pid in cluster.head.processes("") if Path(f"/proc/{pid}/exe").resolve().name == "gcs_server"
-            ]
-            kills.kill("head", gcs)
+            kills.kill("head", only(cluster.head.processes(""), "gcs_server"))
             _, printed = driver.communicate(timeout=180)
         assert driver.returncode not in (0, None), printed
         kills.lose()
@@ -166,6 +164,47 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         driver.wait(10)
     assert driver.returncode == 0, printed
     assert any("nothing moved for 20 s" in line and "begun again" in line for line in printed)
+
+
+def _vm_bytes(pid: int) -> int:
+    """The most address space that a process has had; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmPeak"))
+
+
+def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
+    s3: S3Server, source: Place, tmp_path: Path
+) -> None:
+    # Wide and shallow: much memory for little work.
+    model = checkpoints.write_checkpoint(
+        tmp_path / "model",
+        architecture="DeiTForImageClassificationWithTeacher",
+        hidden=192,
+        num_heads=3,
+        num_layers=1,
+        input_px=224,
+        preprocessor=checkpoints.PUBLISHED[3].preprocessor,
+    )
+    few = Place(f"{source.url}/00", s3.client)
+    plenty, little = (Place(f"s3://nodes/{name}-memory", s3.client) for name in ("plenty", "little"))
+    flags = ("--input", few.url, "--model", str(model), "--gpu-actors=1")
+    with running_head({**os.environ, **s3.canary_environment()}) as head:
+        needed_bytes = 0
+        with head.start_label_bucket(*flags, "--output", plenty.url) as driver:
+            while driver.poll() is None:
+                needed_bytes = max([needed_bytes, *map(_vm_bytes, head.processes(LABELING))])
+        assert driver.returncode == 0
+        assert needed_bytes > 0
+        # Of every process that the node starts from now on: the others at times need more than they did, too.
+        resource.prlimit(only(head.processes(""), "raylet"), resource.RLIMIT_AS, (needed_bytes + 2**30,) * 2)
+        done = head.label_bucket(*flags, "--output", little.url, "--batch-size=1024")
+    assert done.returncode == 0, done.stderr
+    assert "out of memory with 1024 images per forward pass: going on with 512" in done.stderr
+    findings = verifier.check(little, few, exit_code=0, like=plenty)
+    assert findings + verifier.check_labels(little, few, model, 20) == []
 
 
 def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(

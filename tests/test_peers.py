@@ -28,11 +28,13 @@ def test_cpu_time_of_a_session_holds_that_of_children_which_have_ended() -> None
     process = subprocess.Popen([sys.executable, "-c", _BURN_IN_A_CHILD], start_new_session=True)
     with process_usage.watched(process.pid) as usage:
         assert process.wait(30) == 0
-    (begin_s, _), (end_s, cpu_s) = usage.cpu_s[0], usage.cpu_s[-1]
+    (begin_s, _), (end_s, by_pid) = usage.cpu_s[0], usage.cpu_s[-1]
+    cpu_s = sum(by_pid.values())
     # The last sample of the child may be an interval old, longer on a machine that has other work.
     assert 0.2 < cpu_s < 2
-    assert usage.cpu_between(begin_s, end_s) == pytest.approx(cpu_s)
-    assert 0 < usage.cpu_between(begin_s, (begin_s + end_s) / 2) < cpu_s
+    assert usage.cpu_by_pid_between(begin_s, end_s) == pytest.approx(by_pid)
+    assert 0 < sum(usage.cpu_by_pid_between(begin_s, (begin_s + end_s) / 2).values()) < cpu_s
+    assert {usage.kind(pid) for pid in by_pid} == {"driver", "others"}
     assert usage.driver().peak_rss_bytes > 1 << 20
     (child,) = usage.workers()
     assert "process_time" in child.command

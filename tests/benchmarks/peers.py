@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -76,6 +76,8 @@ class Run:
     images_per_s_cold: float
     images_per_s: float
     cpu_ms: float
+    cpu_ms_by_kind: Mapping[str, float]
+    """Of `cpu_ms`: by what a process is there for."""
     values: dict[str, Any]
     usage: process_usage.Usage
     num_images: int
@@ -275,10 +277,15 @@ def _run(contestant: Contestant, num_images: int) -> Run:
         values = json.loads(result.read_text())
     assert len(values["labels"]) == num_images, f"{contestant.name}: {len(values['labels'])} of {num_images} labels"
     begin_s, end_s, num_in_window = _window(values["done"])
+    cpu_ms_by_kind: dict[str, float] = {}
+    for pid, cpu_s in usage.cpu_by_pid_between(begin_s, end_s).items():
+        kind = usage.kind(pid)
+        cpu_ms_by_kind[kind] = cpu_ms_by_kind.get(kind, 0.0) + cpu_s / num_in_window * 1e3
     return Run(
         images_per_s_cold=num_images / (values["ended_s"] - started_s),
         images_per_s=num_in_window / (end_s - begin_s),
-        cpu_ms=usage.cpu_between(begin_s, end_s) / num_in_window * 1e3,
+        cpu_ms=sum(cpu_ms_by_kind.values()),
+        cpu_ms_by_kind=cpu_ms_by_kind,
         values=values,
         usage=usage,
         num_images=num_images,
@@ -376,8 +383,16 @@ def _stages(runs: dict[str, list[Run]]) -> str:
                 for stage in of[0].values["stage_s"]
             }
             text = ", ".join(f"{stage.removesuffix('_s')} {ms:.2f}" for stage, ms in stages.items())
-            lines.append(f"* {name}: {text}")
+            lines.append(f"* {name}: {text}{_by_kind(of)}")
     return "\n\nms per image in each stage, summed over workers, start-up and end included:\n\n" + "\n".join(lines)
+
+
+def _by_kind(runs: list[Run]) -> str:
+    """Of those with processes of several kinds."""
+    kinds = sorted(set().union(*(run.cpu_ms_by_kind for run in runs)))
+    medians = {kind: statistics.median(run.cpu_ms_by_kind.get(kind, 0.0) for run in runs) for kind in kinds}
+    shown = ", ".join(f"{kind} {ms:.2f}" for kind, ms in medians.items() if ms >= 0.005)
+    return f"; ms of CPU in the window: {shown}" if "the wave" in kinds else ""
 
 
 def _head(began_at: datetime, daft: Path | None) -> str:
