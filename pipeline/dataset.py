@@ -171,7 +171,7 @@ def check_model(task: Task, device: Device) -> canary.Vectors:
     return vectors
 
 
-@ray.remote
+@ray.remote(max_calls=1)  # or the process would keep memory of the GPU while actors measure what is free of it
 def _check_model(task: Task, device: Device) -> canary.Vectors:
     return checked_labeler(task, device)[1]
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import canary, checkpoint, schema
+from pipeline import canary, checkpoint, plan, schema
 from pipeline.errors import ConfigError, FailureKind
+from pipeline.storage import describe
 
 if TYPE_CHECKING:
     from pipeline.model import Precision, Prediction
@@ -76,13 +77,21 @@ class Labeler:
         if not 1 <= top_k <= len(found.label_names):
             raise ConfigError(f"--top-k: expected 1 to {len(found.label_names)}, the labels of {model}; found {top_k}")
         torch_model.prepare_process(num_threads if device == "cpu" else None)
-        classifier = torch_model.load(
-            found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
-        )
-        size = batch_size or torch_model.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
-        self._predict = torch_model.Predictor(
-            classifier, (size, spec.input_px, spec.input_px, 3), is_compiled=is_compiled
-        )
+        try:
+            classifier = torch_model.load(
+                found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
+            )
+            fitting = torch_model.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
+            size = batch_size or even_batch_size(fitting, plan.UnitSizes.of(spec.input_px, 2).max_unit_rows)
+            shape = (size, spec.input_px, spec.input_px, 3)
+            self._predict = torch_model.Predictor(classifier, shape, is_compiled=is_compiled)
+        except Exception as error:
+            if not torch_model.is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"model {model}: expected memory for it and for its input on this node, found too little:"
+                f" {describe(error)}; use nodes or devices with more, a smaller --batch-size or fewer --gpu-actors"
+            ) from error
         self._model, self._spec = model, spec
         self._label_names = np.array(found.label_names, dtype=object)
         self._top_k = top_k
@@ -143,6 +152,14 @@ class Labeler:
             else:
                 columns.append(table[field.name])
         return pa.Table.from_arrays(columns, schema=wanted)
+
+
+def even_batch_size(most: int, num_rows: int) -> int:
+    """The smallest multiple of 8, at most `most`, that is through with a unit of so many rows in as few passes: of 361
+    rows (384 px) two passes of 184, as 256 would compute 151 rows of nothing.
+    """
+    num_passes = -(-num_rows // most)
+    return min(most, -(-num_rows // num_passes // 8) * 8)
 
 
 class _Results:

@@ -93,6 +93,8 @@ class Classifier(torch.nn.Module):
     def _kept_input(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
         num_images, height, width, channels = pixels_BHWC.shape
         shape = (num_images, channels, height, width)
+        if pixels_BHWC.device.type != "cpu":  # whose allocator keeps memory itself
+            return torch.empty(shape, dtype=torch.float32, device=pixels_BHWC.device)
         if self._input_BCHW is None or self._input_BCHW.shape != shape:
             self._input_BCHW = None  # before the other one is there
             self._input_BCHW = torch.empty(shape, dtype=torch.float32, device=pixels_BHWC.device)
@@ -121,7 +123,10 @@ class Classifier(torch.nn.Module):
 
 _NUM_TRIED = 8
 """Images of the forward pass that says how much memory one takes."""
-_OUT_OF_CPU_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
+_OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "could not create a primitive"),  # torch and oneDNN on CPU
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),  # of pinned memory, of cuBLAS
+)
 
 
 def load(
@@ -197,12 +202,10 @@ class Predictor:
     """
 
     def __init__(self, classifier: Classifier, shape_BHWC: tuple[int, int, int, int], *, is_compiled: bool) -> None:
-        self.classifier = classifier
+        self.classifier, self._is_compiled = classifier, is_compiled
         self._device_module: Any = torch.get_device_module(classifier.device)
         self._copying = self._device_module.Stream()
         self._allocate(shape_BHWC)
-        self._is_compiled = is_compiled
-        self._forward = _compiled(classifier, self._turns[0].on_device) if is_compiled else classifier
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
         """The same weights behind the normalization of another preprocessing."""
@@ -217,13 +220,15 @@ class Predictor:
         """
         start, under_way = 0, None
         while start < len(images):
-            batch = slice(start, start + self.shape_BHWC[0])
+            batch, failure = slice(start, start + self.shape_BHWC[0]), ""
             try:
                 launched = self._launch(images[batch], top_k)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(error)
+                failure = describe(error)
+            if failure:  # only now, without the exception, are the activations free
+                self._halve(failure)
                 continue
             if under_way is not None:
                 yield self._finish(*under_way)
@@ -247,7 +252,7 @@ class Predictor:
             outputs = _outputs(self._forward, turn.on_device, top_k)
             turn.is_computed.record(computing)
             on_host = _to_host(outputs, non_blocking=True)
-        is_there = self._device_module.Event()
+        is_there = _event(self.classifier.device)
         is_there.record(computing)
         self._turns.reverse()
         return on_host, is_there
@@ -257,20 +262,24 @@ class Predictor:
         is_there.synchronize()
         return batch, _prediction(on_host)
 
-    def _halve(self, error: Exception) -> None:
+    def _halve(self, failure: str) -> None:
         num_images, height_px, *_ = self.shape_BHWC
         if num_images == 1:
             raise ConfigError(
-                f"expected memory for one image of {height_px} px on this node, found too little: {describe(error)};"
+                f"expected memory for one image of {height_px} px on this node, found too little: {failure};"
                 " use nodes or devices with more, or fewer --gpu-actors"
-            ) from error
+            )
         _log.warning("out of memory with %d images per forward pass: going on with %d", num_images, num_images // 2)
         self._allocate((num_images // 2, *self.shape_BHWC[1:]))
 
     def _allocate(self, shape_BHWC: tuple[int, int, int, int]) -> None:
         self._turns: list[_Turn] = []  # before the others are there
+        if self.classifier.device.type == "cuda":
+            torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
         self.shape_BHWC = shape_BHWC
         self._turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(2)]
+        pixels_BHWC = self._turns[0].on_device
+        self._forward = _compiled(self.classifier, pixels_BHWC) if self._is_compiled else self.classifier
 
 
 class _Turn:
@@ -280,21 +289,26 @@ class _Turn:
         self.host = torch.zeros(shape_BHWC, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.pixels_BHWC: npt.NDArray[np.uint8] = self.host.numpy()
         self.on_device = self.host.to(device)
-        device_module: Any = torch.get_device_module(device)
-        self.is_copied, self.is_computed = device_module.Event(), device_module.Event()
+        self.is_copied, self.is_computed = _event(device), _event(device)
         # This may be memory of which what was launched before it still reads.
-        self.is_computed.record(device_module.current_stream())
+        self.is_computed.record()
+
+
+def _event(device: torch.device) -> Any:
+    device_module: Any = torch.get_device_module(device)
+    # Without, who waits for it turns in circles on a core that decoding could use.
+    return device_module.Event(**({"blocking": True} if device.type == "cuda" else {}))
 
 
 def _compiled(classifier: Classifier, pixels_BHWC: torch.Tensor) -> _Forward:
-    compiled: _Forward = torch.compile(classifier, dynamic=False)
     try:
+        compiled: _Forward = torch.compile(classifier, dynamic=False)
         with torch.inference_mode():
             classifier(pixels_BHWC)  # or what only the first pass does would be compiled, and compiled again without
             compiled(pixels_BHWC)
-    except RuntimeError as error:  # of which those of torch's compilers are
+    except Exception as error:  # noqa: BLE001  # of a compiler, whichever it is and whatever it lacks
         if is_out_of_memory(error):
-            return compiled  # for the smaller micro-batches that come of it
+            return classifier  # which will say so with its first images
         _log.warning("torch.compile: %s; going on without, which is slower", describe(error))
         return classifier
     return compiled
@@ -337,9 +351,9 @@ def _best(scores_BK: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a forward pass failed because memory ran out. On CPU, torch and oneDNN have no exception of their own."""
-    is_of_cpu = isinstance(error, RuntimeError) and any(each in str(error) for each in _OUT_OF_CPU_MEMORY)
-    return is_of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    """Whether memory ran out. Not everything that torch calls has an exception of its own for it."""
+    has_said_so = isinstance(error, RuntimeError) and any(each in str(error) for each in _OUT_OF_MEMORY)
+    return has_said_so or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def prepare_process(num_threads: int | None) -> None:
@@ -347,6 +361,8 @@ def prepare_process(num_threads: int | None) -> None:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # torch's modules lack it in their types
+    # torch before 2.13 does not inherit it (pytorch/pytorch#179445).
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]  # nor has it this one
 
 
 def _check_device(device: str) -> None:

@@ -395,6 +395,20 @@ def test_an_actor_that_runs_out_of_memory_halves_its_micro_batches_and_labels_ev
     np.testing.assert_array_equal(little, plenty)
 
 
+def test_a_model_whose_input_has_no_room_in_memory_says_so(found: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="expected memory for it and for its input on this node, found too little"):
+        _labeler(found, batch_size=10**12)
+
+
+@pytest.mark.parametrize(
+    ("most", "num_rows", "expected"), [(256, 361, 184), (256, 1024, 256), (8, 1024, 8), (8, 361, 8), (100, 361, 96)]
+)
+def test_micro_batches_are_of_a_size_that_leaves_little_of_the_last_one_empty(
+    most: int, num_rows: int, expected: int
+) -> None:
+    assert label.even_batch_size(most, num_rows) == expected
+
+
 def test_a_model_that_has_no_memory_for_one_image_says_so(tmp_path: Path) -> None:
     _, _, error = _in_little_memory(tmp_path, 1, 2**20)
     assert "ConfigError" in error

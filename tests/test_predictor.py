@@ -59,6 +59,7 @@ def _predicted(
     is_compiled: bool,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Labels, scores and vectors."""
+    model.prepare_process(None)
     classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision=precision)
     shape = (BATCH_SIZE, found.input_px, found.input_px, 3)
     predictor = model.Predictor(classifier, shape, is_compiled=is_compiled)
@@ -85,6 +86,7 @@ def plain(found: checkpoint.Checkpoint, images: list[npt.NDArray[np.uint8]]) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # which torch uses in its compiler
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # which are not wanted
 @pytest.mark.parametrize(("device", "precision", "is_compiled"), WAYS)
 def test_every_way_to_compute_agrees_with_one_image_at_a_time_in_float32(
     found: checkpoint.Checkpoint,

@@ -111,6 +111,7 @@ def _measure_all(pool: Pool) -> None:
     began_at = datetime.now(UTC)
     precision = compute_precision("auto", options.device)
     model.prepare_process(None)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not eager unnoticed
     photos = _photos(options.photos, options.num_photos)
     product_flop_per_s = _matrix_product_flop_per_s(options, precision)
     shapes = [each for each in PUBLISHED if options.only is None or any(part in each.name for part in options.only)]
@@ -149,6 +150,7 @@ def _measure(
     product_flop_per_s: float,
     pool: Pool,
 ) -> Figures:
+    torch.compiler.reset()  # or the shapes before would count, and after a few nothing more be compiled
     with tempfile.TemporaryDirectory() as temporary:
         name = shape.name.rpartition("/")[2]
         folder = (
@@ -160,6 +162,7 @@ def _measure(
         ceiling, batch_size, is_compiled = _ceiling(options, found, spec, precision)
         copy_images_per_s, hidden = _overlap(options, found, spec, precision, batch_size)
         actor = _actor(options, found, spec)
+        torch.cuda.empty_cache()  # of which the job below measures what is free
         decode = _decode_per_core(photos, spec, options.seconds, pool)
         by_ray = _by_ray(options, folder, photos, Path(temporary)) if options.ray_images else None
     return Figures(
