@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,14 +53,16 @@ class Head:
     environment: dict[str, str]
     session: int
     """That of every process it started."""
+    drivers: list[int] = field(default_factory=list)
+    """Commands that run now, which others started."""
 
     def processes(self, title: str) -> list[int]:
         """Processes of this head whose command line begins with `title`: Ray writes there what a worker does."""
         return processes(self.session, title)
 
     def rss_bytes(self) -> int:
-        """Of its largest process."""
-        return max((_rss_bytes(pid) for pid in self.processes("")), default=0)
+        """Of its largest process or driver."""
+        return max((_rss_bytes(pid) for pid in (*self.processes(""), *self.drivers)), default=0)
 
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
@@ -97,11 +99,13 @@ class Head:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.drivers.append(driver.pid)
         with driver:
             try:
                 yield driver
             finally:
                 driver.kill()
+                self.drivers.remove(driver.pid)
 
     @contextmanager
     def node(self, *, num_cpus: int = 1) -> Iterator[Node]:

@@ -1,5 +1,6 @@
 """Kills of a run's processes that prove something: some units are done, others are in flight, and the kill hit."""
 
+import contextlib
 import io
 import itertools
 import os
@@ -9,7 +10,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import effort
@@ -60,6 +60,7 @@ class Kills:
         """Of the cluster, which must be found nowhere."""
         self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
         self._prefix = f"/{source.bucket}/{source.prefix}"
+        self._reads_at_strike = Counter[str]()
 
     def reads(self) -> Counter[str]:
         """How often each object was read before the run was published: afterwards its page shows some of them."""
@@ -80,30 +81,48 @@ class Kills:
         assert poll() is None, "the driver ended before anything could be killed"
 
     def _is_in_flight(self) -> bool:
-        return bool(self.reads().keys() - self.staged.keys)
+        """Whether anything is in no part that was read since the last strike: what was read before may be lost."""
+        reads = self.reads()
+        return any(number > self._reads_at_strike[key] for key, number in reads.items() if key not in self.staged.keys)
 
-    def kill(self, what: str, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        """Only while some units are done and others are in flight; it must have hit."""
+    def kill(
+        self,
+        what: str,
+        find: Callable[[], list[int]],
+        driver: "subprocess.Popen[str]",
+        number: signal.Signals = signal.SIGKILL,
+    ) -> int:
+        """The first process that `find` finds, only while some units are done and others are in flight; gives it."""
+        hit: list[int] = []
 
         def send() -> None:
-            os.kill(pid, number)
+            while not hit:
+                pid = first(find, driver)
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile: another one
+                    os.kill(pid, number)
+                    hit.append(pid)
             if number == signal.SIGKILL:
-                wait_until(lambda: is_dead(pid), 10)
+                wait_until(lambda: is_dead(hit[0]), 10)
 
         self.strike(what, send)
+        return hit[0]
 
     def strike(self, what: str, do: Callable[[], object]) -> None:
         """The same by whatever `do` does."""
         assert 0 < self.staged.look() < self._num_units
         do()
-        assert self.lose(), "nothing was in flight"
+        self.staged.look()
+        assert self._is_in_flight(), "nothing was in flight"
+        self.lose()
         self.counts[what] += 1
-        effort.COUNTS["kills survived"] += 1
+        if what in ("worker", "actor", "wave", "node", "head", "driver"):
+            effort.COUNTS["kills survived"] += 1
 
     def lose(self) -> int:
-        """Count what is in flight now, because it will be done again."""
+        """Count what has been read and is in no part, because it will be done again."""
         self.staged.look()
-        num_lost = len(self.reads().keys() - self.staged.keys)
+        self._reads_at_strike = self.reads()
+        num_lost = len(self._reads_at_strike.keys() - self.staged.keys)
         self.num_in_flight += num_lost
         return num_lost
 
@@ -129,7 +148,7 @@ def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
     return output
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched(
     kills: Kills, source: Place, undisturbed: Place, model: Path, rss_bytes: Callable[[], int], max_s: float
 ) -> Iterator[Reader]:
@@ -150,7 +169,7 @@ def watched(
     assert reader.peak_bytes > 0
 
 
-def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]", deadline_s: float = 120) -> int:
+def first(find: Callable[[], list[int]], driver: "subprocess.Popen[str]", deadline_s: float = 300) -> int:
     """The first process that `find` finds, as soon as there is one."""
     found: list[int] = []
 

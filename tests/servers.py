@@ -98,6 +98,8 @@ class Storm:
     """Only requests whose unquoted path, without the query, has a match for this."""
     max_per_path: int = 2
     """Faults of one operation on one path: more in a row would rightly become a row of failures/, or end a run."""
+    max_lists: int | None = None
+    """The same of listings, whose path is that of the bucket."""
     num_hits: Counter[tuple[str, Kind]] = field(default_factory=Counter)
     """By operation and kind."""
     _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -106,7 +108,8 @@ class Storm:
     def choose(self, operation: str, path: str) -> Kind | None:
         """The fault of this request, if it meets one."""
         place = (operation, path)
-        if operation not in self.kinds or not self.path.search(path) or self._met[place] >= self.max_per_path:
+        most = self.max_per_path if self.max_lists is None or operation != "LIST" else self.max_lists
+        if operation not in self.kinds or not self.path.search(path) or self._met[place] >= most:
             return None
         self._asked[place] += 1
         within_bucket = path.removeprefix("/").partition("/")[2]  # buckets have random names

@@ -17,7 +17,7 @@ import verifier
 from cluster import Head, Node, only, running_head, wait_until
 from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed, watched
 from servers import S3Server, Storm
-from verifier import Place
+from verifier import Place, Reader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -80,6 +80,12 @@ def options(source: Place, kills: Kills, model: Path) -> tuple[str, ...]:
     return ("--input", source.url, "--output", kills.output.url, "--model", str(model), "--gpu-actors=2")
 
 
+def _answers(output: Place) -> dict[str, tuple[list[int], list[float], list[float]]]:
+    """To the last bit."""
+    rows = verifier.read_rows(output, "labels")
+    return {row["uri"]: (row["label_ids"], row["label_scores"], row["embedding"]) for row in rows}
+
+
 def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late_change_no_row(
     cluster: Cluster, s3: S3Server, source: Place, model: Path, undisturbed: Place, kills: Kills
 ) -> None:
@@ -92,17 +98,21 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
         kills.wait_for_work(driver.poll)
         # The driver belongs to any of the nodes, since all are on this machine; with its own it would end.
         others = [each for each in cluster.nodes if not each.processes(WAVE)]
-        kills.kill("node", first(lambda: [each.raylet() for each in others if each.processes(PREPARING)], driver))
-        kills.kill("worker", first(lambda: cluster.processes(PREPARING), driver))
-        kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
+        kills.kill("node", lambda: [each.raylet() for each in others if each.processes(PREPARING)], driver)
+        kills.wait_for_work(driver.poll)
+        kills.kill("worker", lambda: cluster.processes(PREPARING), driver)
+        kills.wait_for_work(driver.poll)
+        kills.kill("actor", lambda: cluster.processes(LABELING), driver)
         wait_until(lambda: head.num_cpus() == 2)
         with head.node() as late:
             cluster.nodes.append(late)
-            kills.kill("wave", first(lambda: cluster.processes(WAVE), driver))
+            kills.wait_for_work(driver.poll)
+            kills.kill("wave", lambda: cluster.processes(WAVE), driver)
             first(lambda: late.processes(PREPARING) + late.processes(LABELING), driver)  # it is given work
             _, printed = driver.communicate(timeout=240)
     assert driver.returncode == 0, printed
     assert set(kills.counts) == {"node", "worker", "actor", "wave"}
+    assert _answers(kills.output) == _answers(undisturbed)
     assert "begun again" in printed
 
 
@@ -112,7 +122,7 @@ def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_anoth
     with watched(kills, source, undisturbed, model, head.rss_bytes, MAX_S):
         with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
             kills.wait_for_work(driver.poll)
-            kills.kill("head", only(cluster.head.processes(""), "gcs_server"))
+            kills.kill("head", lambda: [only(cluster.head.processes(""), "gcs_server")], driver)
             _, printed = driver.communicate(timeout=180)
         assert driver.returncode not in (0, None), printed
         kills.lose()
@@ -153,8 +163,7 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         cluster.head.start_label_bucket(*flags, "--stall-timeout-s=20") as driver,
     ):
         kills.wait_for_work(driver.poll)
-        stopped = first(lambda: cluster.processes(title), driver)
-        kills.kill("stopped", stopped, signal.SIGSTOP)
+        kills.kill("stopped", lambda: cluster.processes(title), driver, signal.SIGSTOP)
         assert driver.stderr is not None
         printed = []
         for line in driver.stderr:
@@ -200,11 +209,12 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
         assert needed_bytes > 0
         # Of every process that the node starts from now on: the others at times need more than they did, too.
         resource.prlimit(only(head.processes(""), "raylet"), resource.RLIMIT_AS, (needed_bytes + 2**30,) * 2)
-        done = head.label_bucket(*flags, "--output", little.url, "--batch-size=1024")
+        with Reader(little, head.rss_bytes) as reader:
+            done = head.label_bucket(*flags, "--output", little.url, "--batch-size=1024")
     assert done.returncode == 0, done.stderr
     assert "out of memory with 1024 images per forward pass: going on with 512" in done.stderr
-    findings = verifier.check(little, few, exit_code=0, like=plenty)
-    assert findings + verifier.check_labels(little, few, model, 20) == []
+    findings = verifier.check(little, few, exit_code=0, like=plenty, secrets=[s3.secret])
+    assert findings + reader.findings + verifier.check_labels(little, few, model, 20) == []
 
 
 def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(
@@ -217,7 +227,7 @@ def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_brin
         with cluster.head.start_label_bucket(*flags) as driver:
             kills.wait_for_work(driver.poll)
             moving.rename(tmp_path / "elsewhere")
-            kills.kill("actor", first(lambda: cluster.processes(LABELING), driver))
+            kills.kill("actor", lambda: cluster.processes(LABELING), driver)
             _, printed = driver.communicate(timeout=240)
         assert driver.returncode in (1, 2, 3), printed
         kills.lose()
