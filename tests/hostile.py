@@ -163,7 +163,10 @@ def corrupt() -> dict[str, bytes]:
     webp[20:40] = bytes(20)
     tiff = bytearray(encode(texture(60, 40), "TIFF", compression="tiff_lzw"))
     tiff[8:200] = b"\xff" * 192
+    bmp = bytearray(encode(texture(60, 40), "BMP"))
+    bmp[18:26] = bytes(8)
     pixels = b"\0" * (10 * 3 + 1) * 10
+    avif = encode(texture(60, 40), "AVIF") if "AVIF" in FORMATS else b""
     return {
         "PNG whose pixels fail their checksum": bytes(file),
         "PNG whose pixels are no zlib stream": png(10, 10, chunks=png_chunk(b"IDAT", b"not zlib at all")),
@@ -173,6 +176,8 @@ def corrupt() -> dict[str, bytes]:
         "WebP whose frame header is zeros": bytes(webp),
         "TIFF whose strips are noise": bytes(tiff),
         "GIF without a picture": gif[:13] + gif[13 : 13 + (3 << ((gif[10] & 7) + 1))] + b";",
+        "BMP of 0 x 0": bytes(bmp),
+        **({"AVIF without its codec's configuration": avif.replace(b"av1C", b"free")} if avif else {}),
     }
 
 
