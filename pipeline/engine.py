@@ -26,6 +26,8 @@ KEEP_IDLE_WORKERS_MS = "60000"
 a fraction of a CPU are more than CPUs, and those that commit come every few seconds: on 2 cores each unit then paid for
 new processes and their imports, 2 of 5.9 ms of processor time per image. A setting of nodes: here it reaches only a Ray
 of this process's own; the image of `infra/` has it too."""
+_FIRST_QUESTION = "/ray.rpc.NodeInfoGcsService/GetClusterId"  # of every client, whatever it wants
+_KNOCK_TIMEOUT_S = 5.0
 Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 """`itertools.starmap`, or something that gives the same from elsewhere."""
 
@@ -48,8 +50,8 @@ def start() -> None:
             log_to_driver=False,
             include_dashboard=False if is_own else None,
         )
-        if not is_own and (warning := _warning_of_an_open_cluster(ray.get_runtime_context().gcs_address, os.environ)):
-            _log.warning("%s", warning)
+        if not is_own:
+            _warn_of_an_open_cluster(ray.get_runtime_context().gcs_address)
     # What the engine says stays in its log folder; on the console only this job speaks. Also where a run ends with an
     # error of ours: the engine prints 100 lines of its own stack and asks to open an issue with its project.
     for handler in logging.getLogger("ray.data").handlers:
@@ -59,22 +61,39 @@ def start() -> None:
     signal.signal(signal.SIGTERM, _stop)
 
 
-def _warning_of_an_open_cluster(gcs_address: str, environment: Mapping[str, str]) -> str | None:
-    """What to say of a cluster that let this process in without a token; None for one on this machine alone."""
+def _warn_of_an_open_cluster(gcs_address: str) -> None:
+    """One line about a cluster elsewhere that lets everybody in."""
+    if not _is_on_this_machine_alone(gcs_address) and _lets_in_without_token(gcs_address, os.environ):
+        _log.warning(
+            "the Ray cluster at %s asks for no token: whoever reaches it runs code on it (CVE-2023-48022);"
+            " set RAY_AUTH_MODE=token on all its nodes",
+            gcs_address,
+        )
+
+
+def _is_on_this_machine_alone(gcs_address: str) -> bool:
     host = gcs_address.rpartition(":")[0].strip("[]")
-    if environment.get("RAY_AUTH_MODE") == "token" or _is_loopback(host):
-        return None
-    return (
-        f"the Ray cluster at {gcs_address} asks for no token: whoever reaches it runs code on it (CVE-2023-48022);"
-        " set RAY_AUTH_MODE=token on all its nodes"
-    )
-
-
-def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _lets_in_without_token(gcs_address: str, environment: Mapping[str, str]) -> bool:
+    """Asked without one, because a cluster that wants none lets in a client that has one.
+
+    Where the answer is neither yes nor no (TLS, another version), it is open if this process, which is in, has none.
+    """
+    import grpc  # comes with ray[default]
+
+    with grpc.insecure_channel(gcs_address, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_FIRST_QUESTION)(b"", timeout=_KNOCK_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            return environment.get("RAY_AUTH_MODE", "").lower() != "token"
+    return True
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> None:

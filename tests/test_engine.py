@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from cluster import ROOT
+from cluster import ROOT, Head
 
 from pipeline import engine
 
@@ -19,8 +20,10 @@ ip link set lo up
 ip address add 192.0.2.1/32 dev lo
 ray start --head --num-cpus=1 --node-ip-address=192.0.2.1 --port=6399 --include-dashboard=false --temp-dir="$TEMP_DIR" \
     --disable-usage-stats >"$TEMP_DIR/log" 2>&1 || { cat "$TEMP_DIR/log"; exit 1; }
-RAY_ADDRESS=192.0.2.1:6399 python -c \
-    'import logging; logging.basicConfig(format="%(message)s"); from pipeline import engine; engine.start()'
+export RAY_ADDRESS=192.0.2.1:6399
+code='import logging; logging.basicConfig(format="%(message)s"); from pipeline import engine; engine.start()'
+python -c "$code"
+RAY_AUTH_MODE=token RAY_AUTH_TOKEN=0123456789abcdef0123456789abcdef python -c "$code"
 """
 TWICE_MORE_TASKS_THAN_CPUS = """
 import json, os, time
@@ -42,23 +45,29 @@ print(json.dumps(rounds))
 
 
 @pytest.mark.parametrize("address", ["10.0.0.7:6379", "head.ray.svc:6379", "[2001:db8::1]:6379"])
-def test_a_cluster_that_asks_for_no_token_is_warned_of(address: str) -> None:
-    warning = engine._warning_of_an_open_cluster(address, {})
-    assert warning is not None
-    assert address in warning
-    assert "RAY_AUTH_MODE=token" in warning
-    assert len(warning.splitlines()) == 1
-    assert engine._warning_of_an_open_cluster(address, {"RAY_AUTH_MODE": "disabled"}) == warning
-    assert engine._warning_of_an_open_cluster(address, {"RAY_AUTH_MODE": "token"}) is None
+def test_a_cluster_elsewhere_is_not_on_this_machine_alone(address: str) -> None:
+    assert not engine._is_on_this_machine_alone(address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:6379", "127.0.0.2:6379", "[::1]:6379", "localhost:6379"])
-def test_a_cluster_on_this_machine_alone_is_not(address: str) -> None:
-    assert engine._warning_of_an_open_cluster(address, {}) is None
+def test_a_cluster_at_a_loopback_address_is(address: str) -> None:
+    assert engine._is_on_this_machine_alone(address)
+
+
+def test_a_cluster_with_a_token_lets_in_nobody_without_one(head: Head) -> None:
+    assert not engine._lets_in_without_token(head.address, {})
+
+
+def test_where_a_cluster_does_not_say_it_is_open_if_it_let_in_a_client_without_a_token() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    assert engine._lets_in_without_token(address, {})
+    assert engine._lets_in_without_token(address, {"RAY_AUTH_MODE": "disabled"})
+    assert not engine._lets_in_without_token(address, {"RAY_AUTH_MODE": "token"})
 
 
 @pytest.mark.slow
-def test_a_job_that_a_cluster_elsewhere_let_in_without_a_token_says_so_in_one_line() -> None:
+def test_a_job_on_a_cluster_elsewhere_that_asks_for_no_token_says_so_in_one_line_though_it_has_one() -> None:
     if not (shutil.which("unshare") and shutil.which("ip")):
         pytest.skip("without unshare and ip there is no address that is not this machine's")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -72,7 +81,10 @@ def test_a_job_that_a_cluster_elsewhere_let_in_without_a_token_says_so_in_one_li
         pytest.skip("no network namespaces for this user")
     assert done.returncode == 0, done.stdout + done.stderr
     warnings = [line for line in done.stderr.splitlines() if "CVE-2023-48022" in line]  # Ray has more to say
-    assert warnings == [engine._warning_of_an_open_cluster("192.0.2.1:6399", {})]
+    without, with_token = warnings
+    assert without == with_token
+    assert "192.0.2.1:6399 asks for no token" in without
+    assert "RAY_AUTH_MODE=token" in without
 
 
 @pytest.mark.slow
