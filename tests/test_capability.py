@@ -101,3 +101,14 @@ def test_a_store_that_ignores_the_version_asked_for_is_known(
     found = capability.check(storage.connect(bucket), is_single_writer=False)
     assert (found.creates_once, found.notices_changes, found.etag_is_md5) == (True, False, True)
     assert not caplog.records  # MD5s tell it as well
+
+
+def test_a_store_that_lists_late_is_used_and_warned_of(
+    bucket: str, faults: list[Fault], caplog: pytest.LogCaptureFixture
+) -> None:
+    faults.append(Fault.always("stale_page", "GET", bucket.removeprefix("s3:/")))
+    found = capability.check(storage.connect(bucket), is_single_writer=False)
+    assert (found.creates_once, found.notices_changes, found.lists_what_it_wrote) == (True, True, False)
+    assert recorded(bucket)["lists_what_it_wrote"] is False
+    (record,) = caplog.records
+    assert "lists objects late: a resumed run may do finished work again" in record.message
