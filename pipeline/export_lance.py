@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from pipeline import storage, store_s3_get
+from pipeline import storage, store, store_s3_get
 from pipeline.changes import Change
 from pipeline.errors import ConfigError, ConflictError, SourceError
 from pipeline.log import State
@@ -155,7 +155,7 @@ def _options(path: str) -> dict[str, str]:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not path.startswith("s3://") or not endpoint:
         return {}
-    store_s3_get.check_endpoint(endpoint)
+    store.check_endpoint(endpoint, store_s3_get.ENDPOINT_SETTINGS)
     return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
 
 

@@ -29,7 +29,7 @@ _MAX_KEY_CHARS = 1024
 """What is kept of a row that names no object; also S3's limit of a key, in bytes."""
 _CODECS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
 _KNOWN = ("uri", "etag", "size_bytes", "storage_class")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")  # also a chain such as filecache::s3://
 _MAX_DIGITS = 18
 """Of a size: what fits into 64 bits."""
 _CACHE_KIB = 128 * 1024

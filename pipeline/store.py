@@ -6,19 +6,24 @@ among them.
 Keys are relative to the store's root and opaque: never decoded, normalized or split. Listings come in UTF-8 byte order.
 """
 
+import contextlib
+import functools
 import hashlib
+import ipaddress
 import math
 import re
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import tenacity
 
-from pipeline.errors import UnavailableError, UnstableError
+from pipeline.errors import SourceError, UnavailableError, UnstableError
 
 DEADLINE_S = 30.0
 """Time one logical request may take, its retries included, before it is UnavailableError."""
@@ -38,6 +43,7 @@ BAD_URI = "label-bucket: bad uri"
 UNREADABLE = "label-bucket: unreadable"
 """The storage class of a member of a container, or of what stands for all of it, that cannot be read there."""
 _ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE", "Archive"})  # of S3, of Azure
+_INSTANCE_METADATA = ipaddress.ip_network("fd00:ec2::/64")  # the IPv6 addresses of AWS's own link-local services
 _MD5_ETAG = re.compile(r"[0-9a-f]{32}")
 RepeatCause = Literal["throttled", "server", "timeout", "connection", "unstable", "other"]
 """Why a request is asked again: 429 or 503, another status from 500 on, no answer in time, no whole answer at all,
@@ -151,6 +157,24 @@ def check_md5(data: bytes, etag: str, what: str) -> None:
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         if md5 != etag:
             raise UnstableError(f"{what}: the bytes have MD5 {md5}, the etag is {etag}")
+
+
+@functools.cache
+def check_endpoint(url: str, settings: str) -> None:
+    """SourceError for an endpoint at a link-local address: credentials of the machine are served there, never objects.
+
+    A request that somebody's configuration sends there may leave with a signature, and its answer be read as a file.
+    `settings` says where to look for the mistake.
+    """
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve has an error of its own later
+        for *_, (address, *_) in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            found = ipaddress.ip_address(str(address).partition("%")[0])
+            found = getattr(found, "ipv4_mapped", None) or found
+            if found.is_link_local or found in _INSTANCE_METADATA:
+                raise SourceError(
+                    f"endpoint {url}: expected a store, found the link-local address {found}; check {settings}"
+                )
 
 
 class AgainError(Exception):

@@ -66,6 +66,10 @@ class GsStore(_CloudStore):
     """Objects in Google Cloud Storage. The etag is the generation, a new one for each content that is written."""
 
     can_seek = True
+    _endpoint_settings = "STORAGE_EMULATOR_HOST"
+
+    def _endpoint(self) -> str | None:
+        return str(self._filesystem.base)
 
     def _objects(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         what = f"list {self.root}/{prefix}"
@@ -114,6 +118,11 @@ class AzStore(_CloudStore):
 
     Folder by folder, each sorted, because accounts with a hierarchical namespace list in another order than bytes.
     """
+
+    _endpoint_settings = "AZURE_STORAGE_CONNECTION_STRING"
+
+    def _endpoint(self) -> str | None:
+        return str(self._filesystem.service_client.url)
 
     def _objects(self, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         return self._below(self._prefix + prefix, self._prefix + start_after)

@@ -22,6 +22,7 @@ class FsspecStore:
     """Objects below any other fsspec URL. What the listing calls etag, checksum or time is the etag."""
 
     can_seek = False
+    _endpoint_settings = "the URL"
 
     def __init__(self, root: str) -> None:
         self.root = self.url = root
@@ -31,6 +32,12 @@ class FsspecStore:
             raise ConfigError(f"cannot open {root}: {describe(error)}") from error
         if isinstance(self._filesystem, LocalFileSystem):
             raise ConfigError(f"expected a local path or file:// URL, found {root}")
+        if endpoint := self._endpoint():
+            store.check_endpoint(endpoint, self._endpoint_settings)
+
+    def _endpoint(self) -> str | None:
+        """The URL of the server, where the client says."""
+        return self.root if self.root.startswith(("http://", "https://")) else None
 
     def list_pages(self, prefix: str = "", start_after: str = "") -> Iterator[list[ObjectInfo]]:
         """See Store. Folder by folder, each sorted so that the whole is in byte order."""

@@ -121,7 +121,8 @@ class S3Store:
         attempt_s = deadline_s - min(deadline_s, store.DEADLINE_S) / 2
 
         async def attempt() -> Any:
-            store_s3_get.check_endpoint(str((await _s3().set_session()).meta.endpoint_url))
+            endpoint = str((await _s3().set_session()).meta.endpoint_url)
+            store.check_endpoint(endpoint, store_s3_get.ENDPOINT_SETTINGS)
             return await asyncio.wait_for(coroutine(Bucket=self._bucket, **arguments), attempt_s)
 
         try:

@@ -6,21 +6,26 @@ every header. A module of its own because it is a second client, with its own li
 are the first one's, so that both always talk to the same store.
 """
 
-import contextlib
 import functools
-import ipaddress
 import re
-import socket
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import fsspec.asyn
 
-from pipeline.errors import SourceError, UnstableError
-from pipeline.store import ObjectInfo, RepeatCause, cause_of_status, check_md5, check_range, check_size, repeats
+from pipeline.errors import UnstableError
+from pipeline.store import (
+    ObjectInfo,
+    RepeatCause,
+    cause_of_status,
+    check_endpoint,
+    check_md5,
+    check_range,
+    check_size,
+    repeats,
+)
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
@@ -32,7 +37,8 @@ _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 15.0
 _CREDENTIALS_TTL = timedelta(minutes=10)
 """After which the first client is asked again; it renews its own more than ten minutes before they expire."""
-_INSTANCE_METADATA = ipaddress.ip_network("fd00:ec2::/64")  # the IPv6 addresses of AWS's own link-local services
+ENDPOINT_SETTINGS = "AWS_ENDPOINT_URL and the endpoint_url of the profile"
+"""Where an endpoint comes from."""
 _STATUS = re.compile(r"status code: (\d{3})")
 _num_lost: Counter[str] = Counter()
 
@@ -109,30 +115,12 @@ def lost(bucket: str) -> None:
 
 
 @functools.cache
-def check_endpoint(url: str) -> None:
-    """SourceError for an endpoint at a link-local address: credentials of the machine are served there, never objects.
-
-    A request that somebody's configuration sends there would leave with a signature, and its answer be read as a file.
-    """
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(OSError, UnicodeError):  # a name that does not resolve has an error of its own later
-        for *_, (address, *_) in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
-            found = ipaddress.ip_address(str(address).partition("%")[0])
-            found = getattr(found, "ipv4_mapped", None) or found
-            if found.is_link_local or found in _INSTANCE_METADATA:
-                raise SourceError(
-                    f"S3 endpoint {url}: expected a store, found the link-local address {found}; check AWS_ENDPOINT_URL"
-                    " and the endpoint_url of the profile"
-                )
-
-
-@functools.cache
 def _connect(client: Any, bucket: str, timeout_s: float) -> Any:
     import obstore.store
 
     s3 = fsspec.asyn.sync(client.loop, client.set_session)
     endpoint = str(s3.meta.endpoint_url)
-    check_endpoint(endpoint)
+    check_endpoint(endpoint, ENDPOINT_SETTINGS)
     is_anonymous = bool(client.anon)
     return obstore.store.S3Store(
         bucket,

@@ -65,7 +65,7 @@ def _found_by_variables(serving: AbstractContextManager[CloudServer]) -> Iterato
 
 @pytest.fixture(scope="session")
 def head(s3: S3Server) -> Iterator[Head]:
-    """A Ray head whose workers reach the S3 server through the proxy, with a secret that must be found nowhere."""
+    """A Ray head whose workers reach the S3 server through the proxy, with secrets that must be found nowhere."""
     with running_head({**os.environ, **s3.canary_environment()}) as running:
         yield running
 

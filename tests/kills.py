@@ -56,7 +56,7 @@ class Kills:
         """Objects that had been read and were in no part, summed over all kills."""
         self.num_faults = 0
         """Faults that reads of the source met."""
-        self.secret = s3.secret
+        self.secrets = s3.secrets
         """Of the cluster, which must be found nowhere."""
         self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
         self._prefix = f"/{source.bucket}/{source.prefix}"
@@ -158,7 +158,7 @@ def watched(
         yield reader
     took_s = time.monotonic() - started_s
     findings = [
-        *verifier.check(kills.output, source, exit_code=0, like=undisturbed, secrets=[kills.secret]),
+        *verifier.check(kills.output, source, exit_code=0, like=undisturbed, secrets=kills.secrets),
         *verifier.check_labels(kills.output, source, model, 20),
         *reader.findings,
         *verifier.check_redone(kills.reads(), kills.num_faults, kills.num_in_flight),

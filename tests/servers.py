@@ -144,16 +144,19 @@ class S3Server:
     """What was answered last."""
     creating: threading.Lock = field(default_factory=threading.Lock)
     """Held while an object is created: moto looks and then writes, S3 does both in one step."""
-    secret: str = field(default_factory=lambda: f"canary-{secrets.token_hex(16)}")
-    """The secret key of the session's Ray head: it must be found nowhere."""
+    secrets: tuple[str, str] = field(
+        default_factory=lambda: (f"canary-{secrets.token_hex(16)}", f"canary-{secrets.token_hex(16)}")
+    )
+    """The secret key and the session token of the session's Ray head: they must be found nowhere."""
 
     def environment(self) -> dict[str, str]:
         """The standard variables that lead a client of another process to moto itself."""
         return {**credentials(), "AWS_ENDPOINT_URL": self.direct_url}
 
     def canary_environment(self) -> dict[str, str]:
-        """The same through the proxy, with the secret that must be found nowhere."""
-        return {**credentials(), "AWS_ENDPOINT_URL": self.url, "AWS_SECRET_ACCESS_KEY": self.secret}
+        """The same through the proxy, with the secrets that must be found nowhere."""
+        canaries = zip(("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), self.secrets, strict=True)
+        return {**credentials(), "AWS_ENDPOINT_URL": self.url, **dict(canaries)}
 
     def create_bucket(self) -> str:
         """The s3:// URL of a new bucket."""

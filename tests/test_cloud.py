@@ -201,6 +201,15 @@ def test_what_a_cloud_answers_is_what_the_error_says_within_the_deadline(
             assert time.monotonic() - began_s < 2.5
 
 
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fd00:ec2::254]"])
+def test_an_endpoint_at_a_link_local_address_is_refused_before_any_request(scheme: str, host: str) -> None:
+    pytest.importorskip(PACKAGES[scheme])
+    setting = {"gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_CONNECTION_STRING"}[scheme]
+    with _led_to(f"http://{host}"), pytest.raises(SourceError, match=rf"found the link-local address .*{setting}"):
+        storage.connect(f"{scheme}://bucket/in")
+
+
 @pytest.mark.parametrize("url", ["gs://bucket/out", "gcs://bucket/out", "az://bucket/out", "abfs://bucket/out"])
 def test_a_cloud_is_no_output(url: str) -> None:
     with pytest.raises(ConfigError, match="--output must be an s3:// URL or a local folder, found"):

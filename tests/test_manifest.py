@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,7 +151,8 @@ def test_rows_that_are_no_text_or_no_json_are_rows() -> None:
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 BAD_URIS = [
-    "https://elsewhere/a.jpg",
+    "http://elsewhere/a.jpg",
+    "simplecache::s3://photos/in/23.jpg",
     "s3://other/in/a.jpg",
     "s3://photos/input/a.jpg",
     "s3://photos/in",
@@ -414,28 +416,36 @@ def test_a_manifest_labels_what_it_names_as_a_listing_does_and_its_bad_rows_are_
     servers.put_quickly(s3, bucket[5:], {**pictures, "secret.jpg": pictures["in/00.jpg"]})
     rows = [{"uri": f"s3://{bucket[5:]}/{key}", "shelf": f"s{key[3]}"} for key in pictures]
     bad = [uri.replace("s3://photos", bucket) if uri != f"{bucket}/in/gone.jpg" else uri for uri in BAD_URIS]
+    elsewhere = socket.create_server(("127.0.0.1", 0))
+    elsewhere.setblocking(False)
+    assert bad[0] == "http://elsewhere/a.jpg"
+    bad[0] = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/a.jpg"
     url = f"{bucket}/lists/tonight.jsonl"
     lines = [*rows[:20], *({"uri": uri} for uri in bad), {"uri": "gone.jpg"}, rows[3], {"uri": "01.jpg"}]
     client.put_object(Bucket=bucket[5:], Key="lists/tonight.jsonl", Body="".join(map(to_line, lines)).encode())
     output, begin = f"{bucket}/out", len(s3.requests)
     done = run(head, root, output, model, "--manifest", url)
     assert done.returncode == 0, done.stderr
-    assert "35 rows name 33 objects" in done.stderr
+    assert "36 rows name 34 objects" in done.stderr
     # Nothing was asked for that the bad ones seem to name: neither below the input nor in another bucket.
     asked = {path.partition("?")[0] for _, path in s3.requests[begin:]}
     assert {path for path in asked if path.startswith(f"/{bucket[5:]}/in/")} == {
         f"/{bucket[5:]}/in/{name}.jpg" for name in [*(f"{number:02d}" for number in range(20)), "gone"]
     }
     assert {path.split("/")[1] for path in asked} == {bucket[5:]}
+    with pytest.raises(BlockingIOError):  # nobody waits there to be let in
+        elsewhere.accept()
+    with socket.create_connection(elsewhere.getsockname()), elsewhere:
+        elsewhere.accept()[0].close()  # it would have been noticed
     failures = table(output, "failures")
     kinds = dict(zip(failures["uri"].to_pylist(), failures["failure_kind"].to_pylist(), strict=True))
-    assert sorted(kinds.values()) == ["bad_uri"] * 12 + ["missing"]
+    assert sorted(kinds.values()) == ["bad_uri"] * 13 + ["missing"]
     assert kinds[f"{root}/gone.jpg"] == "missing"
     labels = table(output, "labels")
     assert labels["uri"].to_pylist() == [row["uri"] for row in rows[:20]]
     assert [json.loads(extra)["shelf"] for extra in labels["extra"].to_pylist()] == [row["shelf"] for row in rows[:20]]
     (entry,) = entries(output)
-    assert entry["counts"]["listed"] == 33
+    assert entry["counts"]["listed"] == 34
     # The same pictures by a listing: the same rows, but for what the manifest adds.
     done = run(head, root, f"{bucket}/other", model)
     assert done.returncode == 0, done.stderr
@@ -450,14 +460,14 @@ def test_a_manifest_labels_what_it_names_as_a_listing_does_and_its_bad_rows_are_
     assert {name: entries(output)[1]["counts"][name] for name in ("labeled", "failed", "unchanged", "deleted")} == {
         "labeled": 2,
         "failed": 0,
-        "unchanged": 31,
+        "unchanged": 32,
         "deleted": 0,
     }
     # A night without it: the rest is new; what only a manifest named is gone.
     done = run(head, root, output, model)
     assert done.returncode == 0, done.stderr
     counts = entries(output)[2]["counts"]
-    assert (counts["labeled"], counts["unchanged"], counts["deleted"]) == (4, 21, 12)
+    assert (counts["labeled"], counts["unchanged"], counts["deleted"]) == (4, 21, 13)
     audit = [sys.executable, "jobs/verify_labels.py", "--output", output, "--sample", "0"]
     audited = subprocess.run(audit, cwd=ROOT, env=head.environment, capture_output=True, text=True, check=False)
     assert audited.returncode == 0, audited.stdout + audited.stderr

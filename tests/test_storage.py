@@ -489,6 +489,13 @@ def test_a_web_folder_whose_listing_has_no_sizes_can_be_read(tmp_path: Path) -> 
         assert [store.get(info.key, listed=info) for info in found] == [b"a/c.jpg", b"b.jpg"]
 
 
+@pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "0xa9fea9fe:80"])
+def test_a_web_server_at_a_link_local_address_is_refused_before_any_request(host: str) -> None:
+    for scheme in ("http", "https"):
+        with pytest.raises(SourceError, match=r"found the link-local address .* check the URL"):
+            storage.connect(f"{scheme}://{host}/latest/meta-data")
+
+
 @pytest.mark.parametrize(
     ("status", "expected"),
     [

@@ -487,4 +487,4 @@ def test_an_endpoint_at_a_link_local_address_is_refused_before_any_request(host:
 
 def test_an_endpoint_that_does_not_resolve_or_is_private_is_no_link_local_one() -> None:
     for url in ("http://no.such.host.invalid:9000", "http://10.0.0.1", "http://127.0.0.1:9", "http://[fd12::1]"):
-        store_s3_get.check_endpoint(url)
+        store.check_endpoint(url, "the URL")

@@ -103,7 +103,7 @@ def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model
         num_faults[operation] += number
     print(f"  {took_s:.0f} s, kills {dict(kills.counts)}, faults {num_faults}, peak {reader.peak_bytes:,}", flush=True)
     return [
-        *verifier.check(output, source, exit_code=driver.returncode, like=undisturbed, secrets=[s3.secret]),
+        *verifier.check(output, source, exit_code=driver.returncode, like=undisturbed, secrets=s3.secrets),
         *verifier.check_labels(output, source, model, 10),
         *reader.findings,
         *verifier.check_redone(kills.reads(), num_faults["GET"], kills.num_in_flight),
