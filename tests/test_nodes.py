@@ -213,7 +213,7 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
             done = head.label_bucket(*flags, "--output", little.url, "--batch-size=1024")
     assert done.returncode == 0, done.stderr
     assert "out of memory with 1024 images per forward pass: going on with 512" in done.stderr
-    findings = verifier.check(little, few, exit_code=0, like=plenty, secrets=[s3.secret])
+    findings = verifier.check(little, few, exit_code=0, like=plenty, secrets=s3.secrets)
     assert findings + reader.findings + verifier.check_labels(little, few, model, 20) == []
 
 
