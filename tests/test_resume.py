@@ -18,7 +18,7 @@ import pytest
 import verifier
 from cluster import ROOT, Head, wait_until
 from kills import LABELING, WAVE, Kills, fill_with_pictures, label_undisturbed, watched
-from servers import S3Server, put_quickly
+from servers import Fault, S3Server, put_quickly
 from verifier import Place
 
 from pipeline.draw import draw_file
@@ -243,21 +243,41 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
 
 
 @pytest.mark.slow
-def test_two_live_drivers_of_one_run_end_in_one_exact_result(
-    head: Head, source: str, model: str, tmp_path: Path
+def test_two_live_drivers_of_one_run_that_see_no_sign_of_each_other_end_in_one_exact_result(
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str, faults: list[Fault]
 ) -> None:
-    output = str(tmp_path / "out")
-    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
-    with head.start_label_bucket(*options) as first, head.start_label_bucket(*options) as second:
-        printed = [driver.communicate(timeout=240)[1] for driver in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], printed
-    rows = [*published.table(output, "labels")["uri"].to_pylist()]
-    rows += published.table(output, "failures")["uri"].to_pylist()
-    assert len(rows) == len(set(rows)) == 300
-    assert (
-        sum(entry["counts"]["labeled"] for entry in published.entries(output))
-        == published.table(output, "labels").num_rows
-    )
+    output = "s3://resume/two-drivers"
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--object-deadline-s=120")
+    places = [Place(url, s3.client) for url in (source, output, undisturbed)]
+    kills = Kills(s3, *places)
+    faults.append(Fault.always(403, "PUT", "/heartbeat.json"))
+    faults.append(held := Fault.always(503, "GET", max(places[0].etags())))  # its unit stays in flight
+
+    def all_others_are_done() -> bool:
+        return kills.staged.look() == 4
+
+    def many_are_read_by_both() -> bool:
+        return sum(number > 1 for number in kills.reads().values()) >= 20
+
+    with watched(kills, places[0], places[2], Path(model), head.rss_bytes, max_s=200):
+        with head.start_label_bucket(*options) as first:
+            wait_until(lambda: first.poll() is not None or all_others_are_done())
+            with head.start_label_bucket(*options) as second:
+                wait_until(lambda: second.poll() is not None or many_are_read_by_both())
+                waves = head.processes(WAVE)
+                assert kills.staged.look() == 4
+                assert kills.lose() > 20
+                assert len(set(waves) & set(head.processes(WAVE))) == 2
+                held.times = 0
+                printed = [driver.communicate(timeout=120)[1] for driver in (first, second)]
+        # Each command reads one object first, to see whether it may.
+        kills.num_in_flight += held.num_hits + 2
+        assert [first.returncode, second.returncode] == [0, 0], printed
+        assert all("no sign of life could be left" in each for each in printed)
+        assert not any("waiting for its other driver" in each for each in printed)
+    assert len(published.entries(output)) == 1
+    for kind in ("labels", "failures"):
+        assert published.table(output, kind).equals(published.table(undisturbed, kind)), kind
 
 
 @pytest.mark.slow
