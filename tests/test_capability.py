@@ -5,8 +5,13 @@ import logging
 import time
 from pathlib import Path
 
+import checkpoints
 import pytest
+import verifier
+from cluster import Head
+from kills import fill_with_pictures
 from servers import Fault, S3Server
+from verifier import Place
 
 from pipeline import capability, storage
 from pipeline.errors import ConfigError
@@ -112,3 +117,25 @@ def test_a_store_that_lists_late_is_used_and_warned_of(
     assert recorded(bucket)["lists_what_it_wrote"] is False
     (record,) = caplog.records
     assert "lists objects late: a resumed run may do finished work again" in record.message
+
+
+@pytest.mark.slow
+def test_a_run_on_a_store_that_ignores_conditional_creation_claims_nothing_unless_it_is_the_only_writer(
+    head: Head, s3: S3Server, faults: list[Fault], tmp_path: Path
+) -> None:
+    source = fill_with_pictures(s3, "unconditional", 100, seed=13)
+    output = Place("s3://unconditional/out", s3.client)
+    model = str(checkpoints.write_small(tmp_path / "model"))
+    options = ("--input", source.url, "--output", output.url, "--model", model, "--gpu-actors=1")
+    faults.append(Fault.always("unconditional", "PUT", ""))
+    refused = head.label_bucket(*options)
+    assert refused.returncode == 2, refused.stderr
+    assert "say with --single-writer that no other run ever works on this output" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [key.split("-")[0] for key in output.etags()] == ["_runs/store"]  # what was tried out, and no claim
+
+    done = head.label_bucket(*options, "--single-writer")
+    assert done.returncode == 0, done.stderr
+    assert "two runs at once would spoil this output" in done.stderr
+    findings = verifier.check(output, source, exit_code=0, secrets=[s3.secret])
+    assert findings == [], findings

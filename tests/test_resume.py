@@ -1,19 +1,24 @@
 """SIGKILL of the driver between any two writes of the protocol, then the same command."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import boto3
 import checkpoints
 import effort
 import published
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import verifier
 from cluster import ROOT, Head, wait_until
-from kills import LABELING, WAVE, Kills, watched
-from servers import S3Server
+from kills import LABELING, WAVE, Kills, fill_with_pictures, label_undisturbed, watched
+from servers import Fault, S3Server, put_quickly
 from verifier import Place
 
 from pipeline.draw import draw_file
@@ -27,12 +32,19 @@ CRASH_POINTS = (
     "part-committed:2",
     "labeled",
     "publish-sealed",
+    "catalog-published",
+)
+"""Of a first night. The others of a commit are tried on a second one, which has deletions and a catalog before it."""
+SECOND_NIGHT_CRASH_POINTS = (
+    "publish-sealed",
     "file-published",
     "file-published:2",
     "deletions-published",
     "catalog-published",
     "committed",
 )
+"""Each writes one more of these than the one before it."""
+PUBLISHED_FOLDERS = ("labels", "failures", "deletions", "_catalog", "_log")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +94,9 @@ def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
         wait_until(lambda: not head.processes(WAVE))
         kills.lose()
         kills.num_in_flight += 2  # each command reads one object first, to see whether it may
-        parts, is_committed = published.parts(output), bool(published.entries(output))
+        parts = published.parts(output)
         assert (len(parts) > 0) == (CRASH_POINTS.index(point) >= CRASH_POINTS.index("part-committed"))
-        assert is_committed == (point == "committed")
+        assert published.entries(output) == []
 
         finished = head.label_bucket(*options)
         assert finished.returncode == 0, finished.stderr
@@ -99,6 +111,75 @@ def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     # Where it was publishing, the same command finishes that and plans a night of its own.
     was_publishing = CRASH_POINTS.index(point) >= CRASH_POINTS.index("publish-sealed")
     assert [each["unchanged"] for each in counts] == ([0, 300] if was_publishing else [0])
+
+
+class SecondNight(NamedTuple):
+    """Of 100 objects that were published the night before one is gone, one is another and one is broken."""
+
+    source: Place
+    before: Place
+    """The output of the first night."""
+    undisturbed: Place
+    """The output of both nights."""
+
+
+@pytest.fixture(scope="module")
+def second_night(head: Head, s3: S3Server, model: str) -> SecondNight:
+    source = fill_with_pictures(s3, "second-night", 100, seed=5)
+    before = _copied(label_undisturbed(head, source, Path(model)), "s3://second-night/before")
+    gone, other, broken = sorted(source.etags())[10::30][:3]
+    s3.client.delete_object(Bucket=source.bucket, Key=source.prefix + gone)
+    put_quickly(
+        s3, source.bucket, {source.prefix + other: draw_file(6, 0).data, source.prefix + broken: b"\xff\xd8\xff"}
+    )
+    return SecondNight(source, before, label_undisturbed(head, source, Path(model)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", SECOND_NIGHT_CRASH_POINTS)
+def test_a_driver_killed_while_it_publishes_a_second_night_is_resumed_to_identical_files(
+    head: Head, s3: S3Server, model: str, second_night: SecondNight, point: str
+) -> None:
+    source, before, undisturbed = second_night
+    output = _copied(before, f"s3://second-night/{point.replace(':', '-')}")
+    options = ("--input", source.url, "--output", output.url, "--model", model, "--gpu-actors=1")
+    killed = head.label_bucket(*options, crash_at=point)
+    assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
+    effort.COUNTS["kills survived"] += 1
+    written = {key.split("/")[0] for key in output.etags().keys() - before.etags().keys() if ".claim." not in key}
+    assert written == {"_runs", *PUBLISHED_FOLDERS[: SECOND_NIGHT_CRASH_POINTS.index(point)]}
+
+    finished = head.label_bucket(*options)
+    assert finished.returncode == 0, finished.stderr
+    findings = verifier.check(output, source, exit_code=0, secrets=[s3.secret])
+    assert findings == [], findings
+    assert _published_files(output) == _published_files(undisturbed)
+    counts = [entry["counts"] for entry in published.entries(output.url)]
+    assert counts[:2] == [entry["counts"] for entry in published.entries(undisturbed.url)]
+    assert counts[1] == {"listed": 99, "filtered": 0, "unchanged": 97, "deleted": 1, "labeled": 1, "failed": 1}
+    # The same command finishes that night and plans one of its own.
+    assert [each["unchanged"] for each in counts] == [0, 97, 99]
+
+
+def _copied(original: Place, url: str) -> Place:
+    """A copy of an output at another place of its store."""
+    copy = Place(url, original.client)
+    for key in original.etags():
+        copy.client.copy_object(
+            Bucket=copy.bucket,
+            Key=copy.prefix + key,
+            CopySource={"Bucket": original.bucket, "Key": original.prefix + key},
+        )
+    return copy
+
+
+def _published_files(output: Place) -> dict[tuple[str, str], pa.Table]:
+    """Folder and name of every file of rows that a commit names, whatever day is in its path -> its rows."""
+    return {
+        (key.split("/")[0], key.split("/")[-1]): pq.ParquetFile(io.BytesIO(output.read(key))).read()
+        for key in output.etags()
+        if key.startswith(("labels/", "failures/", "deletions/", "_catalog/")) and key.endswith(".parquet")
+    }
 
 
 @pytest.mark.slow
@@ -162,21 +243,41 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
 
 
 @pytest.mark.slow
-def test_two_live_drivers_of_one_run_end_in_one_exact_result(
-    head: Head, source: str, model: str, tmp_path: Path
+def test_two_live_drivers_of_one_run_that_see_no_sign_of_each_other_end_in_one_exact_result(
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str, faults: list[Fault]
 ) -> None:
-    output = str(tmp_path / "out")
-    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
-    with head.start_label_bucket(*options) as first, head.start_label_bucket(*options) as second:
-        printed = [driver.communicate(timeout=240)[1] for driver in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], printed
-    rows = [*published.table(output, "labels")["uri"].to_pylist()]
-    rows += published.table(output, "failures")["uri"].to_pylist()
-    assert len(rows) == len(set(rows)) == 300
-    assert (
-        sum(entry["counts"]["labeled"] for entry in published.entries(output))
-        == published.table(output, "labels").num_rows
-    )
+    output = "s3://resume/two-drivers"
+    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--object-deadline-s=120")
+    places = [Place(url, s3.client) for url in (source, output, undisturbed)]
+    kills = Kills(s3, *places)
+    faults.append(Fault.always(403, "PUT", "/heartbeat.json"))
+    faults.append(held := Fault.always(503, "GET", max(places[0].etags())))  # its unit stays in flight
+
+    def all_others_are_done() -> bool:
+        return kills.staged.look() == 4
+
+    def many_are_read_by_both() -> bool:
+        return sum(number > 1 for number in kills.reads().values()) >= 20
+
+    with watched(kills, places[0], places[2], Path(model), head.rss_bytes, max_s=200):
+        with head.start_label_bucket(*options) as first:
+            wait_until(lambda: first.poll() is not None or all_others_are_done())
+            with head.start_label_bucket(*options) as second:
+                wait_until(lambda: second.poll() is not None or many_are_read_by_both())
+                waves = head.processes(WAVE)
+                assert kills.staged.look() == 4
+                assert kills.lose() > 20
+                assert len(set(waves) & set(head.processes(WAVE))) == 2
+                held.times = 0
+                printed = [driver.communicate(timeout=120)[1] for driver in (first, second)]
+        # Each command reads one object first, to see whether it may.
+        kills.num_in_flight += held.num_hits + 2
+        assert [first.returncode, second.returncode] == [0, 0], printed
+        assert all("no sign of life could be left" in each for each in printed)
+        assert not any("waiting for its other driver" in each for each in printed)
+    assert len(published.entries(output)) == 1
+    for kind in ("labels", "failures"):
+        assert published.table(output, kind).equals(published.table(undisturbed, kind)), kind
 
 
 @pytest.mark.slow
