@@ -137,5 +137,5 @@ def test_a_run_on_a_store_that_ignores_conditional_creation_claims_nothing_unles
     done = head.label_bucket(*options, "--single-writer")
     assert done.returncode == 0, done.stderr
     assert "two runs at once would spoil this output" in done.stderr
-    findings = verifier.check(output, source, exit_code=0, secrets=[s3.secret])
+    findings = verifier.check(output, source, exit_code=0, secrets=s3.secrets)
     assert findings == [], findings

@@ -151,7 +151,7 @@ def test_a_driver_killed_while_it_publishes_a_second_night_is_resumed_to_identic
 
     finished = head.label_bucket(*options)
     assert finished.returncode == 0, finished.stderr
-    findings = verifier.check(output, source, exit_code=0, secrets=[s3.secret])
+    findings = verifier.check(output, source, exit_code=0, secrets=s3.secrets)
     assert findings == [], findings
     assert _published_files(output) == _published_files(undisturbed)
     counts = [entry["counts"] for entry in published.entries(output.url)]
