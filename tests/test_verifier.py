@@ -163,6 +163,9 @@ def test_a_writer_whose_names_are_random_is_found_out(
         ("report another count", r"8 run r was committed, its report says otherwise"),
         ("end with an error", r"8 the exit code was 3, and the newest claim is closed"),
         ("keep a secret", r"9 a secret stands in _runs/r/report.json"),
+        ("keep a secret in a compressed value", r"9 a secret stands in labels/part-000.parquet"),
+        ("keep a secret in a footer", r"9 a secret stands in labels/part-000.parquet"),
+        ("keep a secret in a column's metadata", r"9 a secret stands in labels/part-000.parquet"),
     ],
 )
 def test_every_invariant_that_files_can_break_has_its_finding(
@@ -198,6 +201,82 @@ def test_every_invariant_that_files_can_break_has_its_finding(
         put(output, "_runs/r/report.json", b'{"exit_code": 0, "counts": {"labeled": 19, "failed": 0}}')
     elif change == "keep a secret":
         put(output, "_runs/r/report.json", output.read("_runs/r/report.json")[:-1] + b', "key": "hidden"}')
+    elif change.startswith("keep a secret in"):
+        data = with_secret(change.split()[-1], pq.read_table(io.BytesIO(output.read(file))), "hidden")
+        put(output, file, data)
     exit_code = 3 if change == "end with an error" else 0
     findings = verifier.check(output, inside, exit_code=exit_code, secrets=["hidden"])
     assert any(re.match(finding, line) for line in findings), findings
+
+
+def with_secret(where: str, table: pa.Table, secret: str) -> bytes:
+    """The table as a file that holds a secret in one place, where no search through its bytes finds it if it is in a
+    value (compressed) or in the metadata of a column (base64).
+    """
+    if where == "value":
+        table = table.append_column("note", pa.array([secret] * len(table)))
+    elif where == "footer":
+        table = table.replace_schema_metadata({"note": secret})
+    else:
+        field = pa.field("note", pa.string(), metadata={"note": secret})
+        table = table.append_column(field, pa.array(["x"] * len(table)))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="gzip", write_statistics=False)
+    assert (secret.encode() in sink.getvalue()) is (where == "footer")
+    return sink.getvalue()
+
+
+def test_work_that_nothing_explains_is_found_out() -> None:
+    num_reads = {"a": 5, "b": 1, "c": 2}
+    assert verifier.check_redone(num_reads, num_faults=1, num_in_flight=2) == []
+    assert verifier.check_redone(num_reads, 1, 1) == ["6 5 objects were read again, 4 are explained"]
+    assert verifier.check_redone(num_reads, 0, 4) == ["6 5 objects were read again, 4 are explained"]
+
+
+def test_memory_and_time_beyond_their_bounds_are_found_out() -> None:
+    assert verifier.check_bounds(2000, 9.0, max_bytes=2000, max_s=9) == []
+    assert verifier.check_bounds(2001, 9.0, max_bytes=2000, max_s=9) == [
+        "7 a process took 2,001 bytes, 2,000 are allowed"
+    ]
+    assert verifier.check_bounds(2000, 11.0, max_bytes=2000, max_s=9) == ["7 it took 11 s, 9 are allowed"]
+
+
+class Vanishing(Place):
+    """An output whose files are gone when somebody who has just seen them in a listing reads them."""
+
+    def read(self, key: str) -> bytes:
+        self.client.delete_object(Bucket=self.bucket, Key=self.prefix + key)
+        return super().read(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ("gone", "3 labels/a.parquet was there, and is now gone"),
+        ("another", "3 labels/a.parquet was there, and is now another"),
+        ("partial", "3 a reader cannot open labels/b.parquet: "),
+        ("gone before it is read", "3 a reader cannot open labels/b.parquet: "),
+    ],
+)
+def test_a_file_that_changes_under_a_reader_is_found_out(s3: S3Server, bucket: str, change: str, finding: str) -> None:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"uri": ["s3://in/1"]}), sink)
+    place = Vanishing if change == "gone before it is read" else Place
+    output = Place(f"{bucket}/out", s3.client)
+
+    def put(key: str, data: bytes) -> None:
+        s3.client.put_object(Bucket=output.bucket, Key=output.prefix + key, Body=data)
+
+    reader = Reader(output)
+    put("labels/a.parquet", sink.getvalue())
+    reader.poll()
+    assert reader.findings == []
+    if change == "gone":
+        s3.client.delete_object(Bucket=output.bucket, Key=f"{output.prefix}labels/a.parquet")
+    elif change == "another":
+        put("labels/a.parquet", sink.getvalue() + b"x")
+    else:
+        put("labels/b.parquet", sink.getvalue()[:-10] if change == "partial" else sink.getvalue())
+        reader._output = place(output.url, s3.client)
+    reader.poll()
+    assert [line.startswith(finding) for line in reader.findings] == [True]

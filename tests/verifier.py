@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import ClientError
 
 KINDS = {"labels": "labels", "failures": "dead_letters", "deletions": "deletions"}
 """Folder -> what a log entry calls its files."""
@@ -254,7 +255,8 @@ def check_secrets(output: Place, secrets: Iterable[str]) -> list[str]:
         if key.endswith(".parquet"):
             with contextlib.suppress(pa.ArrowException, OSError):  # what does not open is a finding of its own
                 table = pq.ParquetFile(io.BytesIO(data)).read()
-                texts += [repr(table.schema.metadata).encode(), repr(table.to_pylist()).encode()]
+                names = table.schema.to_string(truncate_metadata=False, show_field_metadata=True)
+                texts += [names.encode(), repr(table.to_pylist()).encode()]
         findings += [f"9 a secret stands in {key}" for each in wanted if any(each in text for text in texts)]
     return findings
 
@@ -305,7 +307,7 @@ class Reader:
         for key in present.keys() - self._files.keys():
             try:
                 uris = pq.ParquetFile(io.BytesIO(self._output.read(key))).read(["uri"])["uri"].to_pylist()
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, ClientError) as error:  # the last one if it went after the listing
                 self.findings.append(f"3 a reader cannot open {key}: {error}")
                 continue
             self._files[key] = (present[key], uris)
