@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import Fault, S3Server
+from servers import Fault, Kind, S3Server
 
-from pipeline import fetch, storage, store
+from pipeline import fetch, storage, store, store_s3_get
+from pipeline.config import Config
 from pipeline.errors import FailureKind, ForbiddenError, ImageError, UnavailableError
 from pipeline.storage import ObjectInfo
 
@@ -66,6 +67,24 @@ def test_every_way_a_read_can_fail_is_its_own_kind(s3: S3Server, bucket: str, fa
             assert "\n" not in str(outcome)
             assert name in str(outcome) or name in ("empty", "too large")
     assert "101 bytes, the limit is 100" in str(found[names.index("too large")])
+
+
+@pytest.mark.parametrize("kind", ["drip", "hang"])
+@pytest.mark.parametrize("is_cheap", [True, False], ids=["cheap client first", "s3fs alone"])
+def test_an_answer_that_never_ends_is_given_up_at_the_deadline_of_the_object(
+    s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch, kind: Kind, is_cheap: bool
+) -> None:
+    monkeypatch.setattr(store_s3_get, "_MAX_LOST", 8 if is_cheap else 0)
+    infos = put(s3, bucket, {"endless": bytes(100), "good": b"good"})
+    faults.append(endless := Fault.always(kind, "GET", "/endless"))
+    started_s = time.monotonic()
+    assert kinds(outcomes(bucket, infos, deadline_s=1.5)) == ["unavailable", b"good"]
+    assert 1 < time.monotonic() - started_s < 1.5 + 2
+    assert endless.num_hits >= 2
+
+
+def test_a_listed_object_has_thirty_seconds_unless_the_run_says_otherwise() -> None:
+    assert store.DEADLINE_S == Config.model_fields["object_deadline_s"].default == 30
 
 
 def test_archived_empty_and_too_large_objects_are_not_asked_for(s3: S3Server, bucket: str) -> None:
@@ -123,9 +142,9 @@ def test_what_is_read_ahead_of_a_slow_reader_is_bounded_in_bytes(
     num_before = len(s3.requests)
     found = fetch.fetch(storage.connect(bucket), infos, max_image_bytes=100, deadline_s=5)
     assert next(found) == bytes(30)
-    time.sleep(0.3)
+    found.close()  # waits for what was begun
     assert len(s3.requests) - num_before == 3
-    assert [len(each) for each in found if isinstance(each, bytes)] == [30] * 8 + [99] * 2
+    assert [len(each) for each in outcomes(bucket, infos) if isinstance(each, bytes)] == [30] * 9 + [99] * 2
 
 
 def test_one_object_larger_than_the_read_ahead_still_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
