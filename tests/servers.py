@@ -103,10 +103,11 @@ class Storm:
     _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     _met: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def choose(self, operation: str, path: str) -> Kind | None:
-        """The fault of this request, if it meets one."""
+    def choose(self, operation: str, path: str, *, is_first_page: bool = False) -> Kind | None:
+        """The fault of this request, if it meets one that changes its answer."""
         place = (operation, path)
-        if operation not in self.kinds or not self.path.search(path) or self._met[place] >= self.max_per_path:
+        kinds = [each for each in self.kinds.get(operation, ()) if each != "repeated_page" or not is_first_page]
+        if not kinds or not self.path.search(path) or self._met[place] >= self.max_per_path:
             return None
         self._asked[place] += 1
         within_bucket = path.removeprefix("/").partition("/")[2]  # buckets have random names
@@ -114,7 +115,7 @@ class Storm:
         if rng.random() >= self.probability[operation]:
             return None
         self._met[place] += 1
-        kind = min(self.kinds[operation], key=lambda each: (self.num_hits[operation, each], rng.random()))
+        kind = min(kinds, key=lambda each: (self.num_hits[operation, each], rng.random()))
         self.num_hits[operation, kind] += 1
         return kind
 
@@ -341,7 +342,8 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
                 s3.agents.append((unquote(self.path), self.headers.get("User-Agent", "")))
                 kind = self._chosen_fault(path)
                 if kind is None and s3.storm is not None:
-                    kind = s3.storm.choose("LIST" if "list-type=2" in query else self.command, path)
+                    operation = "LIST" if "list-type=2" in query else self.command
+                    kind = s3.storm.choose(operation, path, is_first_page="continuation-token=" not in query)
                 if kind is not None and kind not in LATENCY:
                     effort.COUNTS["faults injected"] += 1
             return kind
