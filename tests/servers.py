@@ -1,8 +1,10 @@
 """A real S3 server for the tests, and a small proxy in front of it that can spoil answers.
 
-moto runs in its own process; the proxy runs in threads of this one, forwards everything unchanged, and applies the
-faults that a test asked for: chosen ones (`Fault`) or a storm of them (`Storm`). Clients of this process and of the
-session's Ray head always talk through the proxy, so one endpoint is valid for a session.
+It is moto in a process of its own, or the server that TEST_S3_URL names, with the AWS_* keys of the
+environment: their secret is then the one that must be found nowhere. The proxy runs in threads of this process,
+forwards everything unchanged, and applies the faults that a test asked for: chosen ones (`Fault`) or a storm of them
+(`Storm`). Clients of this process and of the session's Ray head always talk through it, so one endpoint is valid for a
+session. It changes no `Host`, so what clients sign holds behind it, too.
 """
 
 import contextlib
@@ -31,6 +33,10 @@ from urllib.parse import unquote, urlsplit
 
 import boto3
 import effort
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials
 
 _CODES = {
     400: "InvalidRequest",
@@ -41,6 +47,8 @@ _CODES = {
     500: "InternalError",
     503: "SlowDown",
 }
+S3_URL = "TEST_S3_URL"
+"""The variable that names another server than moto."""
 _HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
 _MAX_HANG_S = 60.0
 
@@ -130,9 +138,9 @@ class S3Server:
     url: str
     """Through the proxy: the endpoint of clients in this process."""
     direct_url: str
-    """moto itself: the endpoint for other processes that want no faults."""
+    """The server itself: the endpoint for other processes that want no faults."""
     client: Any
-    """A boto3 client of moto itself."""
+    """A boto3 client of the server itself."""
     faults: list[Fault]
     requests: list[tuple[str, str]]
     agents: list[tuple[str, str]]
@@ -144,25 +152,38 @@ class S3Server:
     """What was answered last."""
     creating: threading.Lock = field(default_factory=threading.Lock)
     """Held while an object is created: moto looks and then writes, S3 does both in one step."""
-    secrets: tuple[str, str] = field(
+    secrets: tuple[str, ...] = field(
         default_factory=lambda: (f"canary-{secrets.token_hex(16)}", f"canary-{secrets.token_hex(16)}")
     )
-    """The secret key and the session token of the session's Ray head: they must be found nowhere."""
+    """The secret key and the session token of the session's Ray head, if it has one: they must be found nowhere."""
+    buckets: list[str] = field(default_factory=list)
+    """Made here, with names that nobody else has; removed in the end."""
 
     def environment(self) -> dict[str, str]:
-        """The standard variables that lead a client of another process to moto itself."""
+        """The standard variables that lead a client of another process to the server itself."""
         return {**credentials(), "AWS_ENDPOINT_URL": self.direct_url}
 
     def canary_environment(self) -> dict[str, str]:
         """The same through the proxy, with the secrets that must be found nowhere."""
-        canaries = zip(("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), self.secrets, strict=True)
+        canaries = zip(("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), self.secrets, strict=False)
         return {**credentials(), "AWS_ENDPOINT_URL": self.url, **dict(canaries)}
 
-    def create_bucket(self) -> str:
-        """The s3:// URL of a new bucket."""
-        name = f"bucket-{uuid.uuid4().hex[:12]}"
+    def create_bucket(self, name: str = "bucket") -> str:
+        """The s3:// URL of a new bucket whose name begins with this one."""
+        name = f"{name}-{uuid.uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
+        self.buckets.append(name)
         return f"s3://{name}"
+
+    def remove_buckets(self) -> None:
+        """Those that were made here, with what is in them."""
+        for bucket in self.buckets:
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
+                for item in page.get("Contents", []):
+                    self.client.delete_object(Bucket=bucket, Key=item["Key"])
+            for upload in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", []):
+                self.client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            self.client.delete_bucket(Bucket=bucket)
 
     def num_requests(self, method: str, key: str) -> int:
         """Requests so far of this method whose path ends with `key`."""
@@ -171,22 +192,36 @@ class S3Server:
 
 def credentials() -> dict[str, str]:
     """Variables that make botocore use these keys and look nowhere else."""
+    given = os.environ if S3_URL in os.environ else {}
     return {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": given.get("AWS_ACCESS_KEY_ID", "test"),
+        "AWS_SECRET_ACCESS_KEY": given.get("AWS_SECRET_ACCESS_KEY", "test"),
+        "AWS_DEFAULT_REGION": given.get("AWS_DEFAULT_REGION", "us-east-1"),
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
     }
 
 
+def connect(endpoint_url: str) -> Any:
+    """A boto3 client of an endpoint, with the keys of `credentials`."""
+    keys = credentials()
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint_url,
+        region_name=keys["AWS_DEFAULT_REGION"],
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
+    )
+
+
 def put_quickly(s3: S3Server, bucket: str, files: Mapping[str, bytes]) -> None:
-    """Many objects at once, unsigned: moto checks no signature, and signing takes longer than the request."""
+    """Many objects at once, by URLs that are signed: boto3 takes longer for a request than the server."""
 
     def put(item: tuple[str, bytes]) -> None:
-        url = f"{s3.direct_url}/{bucket}/{item[0]}"
-        headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read"}
+        url = s3.client.generate_presigned_url("put_object", Params={"Bucket": bucket, "Key": item[0]})
+        headers = {"Content-Type": "application/octet-stream"}
         urllib.request.urlopen(urllib.request.Request(url, item[1], headers, method="PUT")).close()
 
     with ThreadPoolExecutor(8) as pool:
@@ -195,17 +230,19 @@ def put_quickly(s3: S3Server, bucket: str, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def serve_s3() -> Iterator[S3Server]:
-    """moto behind the proxy, until the block ends."""
-    with _moto() as direct_url:
-        client = boto3.client(
-            "s3",
-            endpoint_url=direct_url,
-            region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-        )
+    """The server that TEST_S3_URL names, or moto, behind the proxy, until the block ends."""
+    foreign_url = os.environ.get(S3_URL)
+    with contextlib.nullcontext(foreign_url) if foreign_url else _moto() as direct_url:
+        client = connect(direct_url)
         with _proxy(S3Server("", direct_url, client, [], [], [])) as server:
-            yield server
+            if not foreign_url:
+                yield server
+            else:
+                server.secrets = (credentials()["AWS_SECRET_ACCESS_KEY"],)
+                try:
+                    yield server
+                finally:
+                    server.remove_buckets()
         client.close()
 
 
@@ -284,7 +321,8 @@ class _InFlight:
 def _proxy(s3: S3Server) -> Iterator[S3Server]:
     lock = threading.Lock()
     in_flight = _InFlight(s3)
-    upstream = urlsplit(s3.direct_url).netloc
+    upstream = urlsplit(s3.direct_url)
+    connection_class = http.client.HTTPSConnection if upstream.scheme == "https" else http.client.HTTPConnection
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -370,9 +408,22 @@ def _proxy(s3: S3Server) -> Iterator[S3Server]:
                 path = re.sub(r"&?continuation-token=[^&]*", "", path)
             elif kind == "twin":
                 self._forward(body, None)
-            connection = http.client.HTTPConnection(upstream, timeout=30)
+            if kind in ("unconditional", "repeated_page") and "Authorization" in self.headers:
+                self._sign_again(path, body)
+            connection = connection_class(upstream.netloc, timeout=30)
             with s3.creating if "If-None-Match" in self.headers else contextlib.nullcontext():
                 return self._exchange(connection, path, body)
+
+        def _sign_again(self, path: str, body: bytes) -> None:
+            keys = credentials()
+            signed = Credentials(keys["AWS_ACCESS_KEY_ID"], keys["AWS_SECRET_ACCESS_KEY"])
+            del self.headers["Authorization"], self.headers["X-Amz-Date"]
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+            request = AWSRequest(self.command, s3.direct_url + path, headers, body)
+            S3SigV4Auth(signed, "s3", keys["AWS_DEFAULT_REGION"]).add_auth(request)
+            for name in ("X-Amz-Date", "X-Amz-Content-SHA256", "Authorization"):
+                del self.headers[name]
+                self.headers[name] = request.headers[name]
 
         def _exchange(
             self, connection: http.client.HTTPConnection, path: str, body: bytes

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import verifier
 from PIL import Image
-from servers import Fault, Kind, S3Server, Storm, put_quickly
+from servers import Fault, Kind, S3Server, Storm, connect, put_quickly
 from verifier import Place, Reader
 
 from pipeline.draw import draw_file
@@ -35,10 +35,10 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 @pytest.fixture(scope="module")
 def source(s3: S3Server) -> Place:
-    s3.client.create_bucket(Bucket="control")
+    url = s3.create_bucket("control")
     files = [draw_file(12, number) for number in range(60)]
-    put_quickly(s3, "control", {f"in/{file.path}": file.data for file in files})
-    return Place("s3://control/in", s3.client)
+    put_quickly(s3, url.removeprefix("s3://"), {f"in/{file.path}": file.data for file in files})
+    return Place(f"{url}/in", s3.client)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def storm(s3: S3Server) -> Iterator[Storm]:
-    s3.storm = Storm(3, KINDS, {"GET": 0.35, "PUT": 0.5}, re.compile("/control/"))
+def storm(s3: S3Server, source: Place) -> Iterator[Storm]:
+    s3.storm = Storm(3, KINDS, {"GET": 0.35, "PUT": 0.5}, re.compile(f"/{source.bucket}/"))
     yield s3.storm
     s3.storm = None
 
@@ -57,7 +57,7 @@ class Writer:
     """Labels a source, in one process, through the server with the faults. Asks again until it has an answer."""
 
     def __init__(self, s3: S3Server, model: Path, *, checks_bytes: bool = True, names_are_known: bool = True) -> None:
-        self._endpoint = s3.url
+        self._client = connect(s3.url)
         self._checks_bytes, self._names_are_known = checks_bytes, names_are_known
         self._model = model
 
@@ -87,7 +87,7 @@ class Writer:
     def _get(self, source: Place, key: str, etag: str) -> bytes:
         while True:
             with contextlib.suppress(OSError):  # of HTTP, of the connection, or of a picture that ends early
-                with urllib.request.urlopen(f"{self._endpoint}/{source.bucket}/{source.prefix}{key}") as answer:
+                with urllib.request.urlopen(self._signed("get_object", source, key)) as answer:
                     data: bytes = answer.read()
                 Image.open(io.BytesIO(data)).load()
                 if not self._checks_bytes or hashlib.md5(data, usedforsecurity=False).hexdigest() == etag:
@@ -96,13 +96,18 @@ class Writer:
     def _put(self, output: Place, known_key: str, data: bytes) -> str:
         while True:
             key = known_key if self._names_are_known else f"labels/part-{uuid.uuid4().hex}.parquet"
-            url = f"{self._endpoint}/{output.bucket}/{output.prefix}{key}"
-            headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read-write"}
+            url = self._signed("put_object", output, key)
+            headers = {"Content-Type": "application/octet-stream"}
             try:
                 urllib.request.urlopen(urllib.request.Request(url, data, headers, method="PUT")).close()
                 return key
             except OSError:
                 continue
+
+    def _signed(self, operation: str, place: Place, key: str) -> str:
+        parameters = {"Bucket": place.bucket, "Key": place.prefix + key}
+        url: str = self._client.generate_presigned_url(operation, Params=parameters)
+        return url
 
 
 def put_at_once(output: Place, key: str, values: dict[str, Any]) -> None:
@@ -112,7 +117,7 @@ def put_at_once(output: Place, key: str, values: dict[str, Any]) -> None:
 
 def written(s3: S3Server, source: Place, model: Path, name: str, **lacks: bool) -> tuple[Place, list[str]]:
     """The output of a writer, and everything that the verifier and a reader have to say of it."""
-    output = Place(f"s3://control/{name}", s3.client)
+    output = Place(f"s3://{source.bucket}/{name}", s3.client)
     with Reader(output) as reader:
         Writer(s3, model, **lacks).run(source, output)
     findings = [*verifier.check(output, source, exit_code=0), *verifier.check_labels(output, source, model, 60)]
@@ -172,29 +177,29 @@ def test_every_invariant_that_files_can_break_has_its_finding(
     s3: S3Server, source: Place, model: Path, change: str, finding: str
 ) -> None:
     name = change.replace(" ", "-")
-    inside = Place(f"s3://control/{name}-in", s3.client)
+    inside = Place(f"s3://{source.bucket}/{name}-in", s3.client)
     for key in sorted(source.etags())[:20]:
-        s3.client.put_object(Bucket="control", Key=inside.prefix + key, Body=source.read(key), ACL="public-read")
-    output = Place(f"s3://control/{name}", s3.client)
+        s3.client.put_object(Bucket=source.bucket, Key=inside.prefix + key, Body=source.read(key))
+    output = Place(f"s3://{source.bucket}/{name}", s3.client)
     Writer(s3, model).run(inside, output)
     assert verifier.check(output, inside, exit_code=0, secrets=["hidden"]) == []
     file = "labels/part-000.parquet"
 
     def put(place: Place, key: str, data: bytes) -> None:
-        s3.client.put_object(Bucket="control", Key=place.prefix + key, Body=data)
+        s3.client.put_object(Bucket=source.bucket, Key=place.prefix + key, Body=data)
 
     if change == "lose a row":
         sink = io.BytesIO()
         pq.write_table(pq.read_table(io.BytesIO(output.read(file))).slice(1), sink)
         put(output, file, sink.getvalue())
     elif change == "lose a file":
-        s3.client.delete_object(Bucket="control", Key=output.prefix + file)
+        s3.client.delete_object(Bucket=source.bucket, Key=output.prefix + file)
     elif change == "cut a file":
         put(output, file, output.read(file)[:-10])
     elif change == "leave a temporary file":
         put(output, "labels/_tmp.parquet", output.read(file))
     elif change == "leave an upload":
-        s3.client.create_multipart_upload(Bucket="control", Key=output.prefix + "labels/big")
+        s3.client.create_multipart_upload(Bucket=source.bucket, Key=output.prefix + "labels/big")
     elif change == "lose an object":
         put(inside, "new.jpg", b"x")
     elif change == "report another count":
