@@ -22,6 +22,7 @@ from cluster import Head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nights import BEGIN, Nights
+from servers import S3Server
 from test_retention import DEIT, VIT, named, rows
 from test_view import by_globs, same
 
@@ -209,15 +210,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_compaction_left(
-    head: Head, model: str
+    head: Head, s3: S3Server, model: str
 ) -> None:
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="compacted")
+    client, root = boto3.client("s3"), s3.create_bucket("compacted")
+    bucket = root.removeprefix("s3://")
     for index in range(300):
         file = draw_file(11, index, broken_fraction=0.04)
-        client.put_object(Bucket="compacted", Key=f"in/{file.path}", Body=file.data)
-    url = "s3://compacted/out"
-    options = ("--input", "s3://compacted/in", "--output", url, "--model", model, "--gpu-actors=1")
+        client.put_object(Bucket=bucket, Key=f"in/{file.path}", Body=file.data)
+    url = f"{root}/out"
+    options = ("--input", f"{root}/in", "--output", url, "--model", model, "--gpu-actors=1")
     assert head.label_bucket(*options).returncode == 0
     output = storage.connect(url)
     before = pa.concat_tables(list(view.batches(output)))
@@ -234,9 +235,9 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
     assert len(published.entries(url)) == 1
     left = published.keys(url)
 
-    gone = sorted(key for key in published.keys("s3://compacted/in") if not key.startswith("broken/"))[:2]
-    client.delete_object(Bucket="compacted", Key=f"in/{gone[0]}")
-    client.put_object(Bucket="compacted", Key=f"in/{gone[1]}", Body=b"no image any more")
+    gone = sorted(key for key in published.keys(f"{root}/in") if not key.startswith("broken/"))[:2]
+    client.delete_object(Bucket=bucket, Key=f"in/{gone[0]}")
+    client.put_object(Bucket=bucket, Key=f"in/{gone[1]}", Body=b"no image any more")
     night = head.label_bucket(*options)
     assert night.returncode == 0, night.stderr
     assert [entry["kind"] for entry in published.entries(url)] == ["run", "snapshot", "run"]
@@ -245,9 +246,7 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
         key for key in left if key.startswith("snapshots/")
     }
     after = pa.concat_tables(list(view.batches(output)))
-    assert set(before["uri"].to_pylist()) - set(after["uri"].to_pylist()) == {
-        f"s3://compacted/in/{key}" for key in gone
-    }
+    assert set(before["uri"].to_pylist()) - set(after["uri"].to_pylist()) == {f"{root}/in/{key}" for key in gone}
     assert all("/snapshots/" in f"/{ref.key}" for ref in view.files(output) if ref.num_rows)
 
     audit(url)
@@ -275,7 +274,7 @@ def test_nights_and_compactions_on_s3_take_turns_and_a_night_commits_what_a_comp
     assert "0 to label" in night.stderr
     again = head.compact_labels("--output", url, "--keep-runs=1", "--grace-hours=0", "--space=none-such")
     assert again.returncode == 2
-    assert "compact_labels: exit code 2: s3://compacted/out: expected one of its spaces" in again.stderr
+    assert f"compact_labels: exit code 2: {url}: expected one of its spaces" in again.stderr
 
 
 def test_a_compaction_that_died_is_run_again_under_the_same_names(

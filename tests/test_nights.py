@@ -20,6 +20,7 @@ import pytest
 import ray
 from cluster import ROOT, Head, wait_until
 from PIL import Image
+from servers import S3Server
 
 from pipeline import catalog, listing, storage, store, verify, view
 from pipeline.draw import draw_file
@@ -73,21 +74,23 @@ def num_actors(head: Head) -> int:
 
 
 @pytest.mark.slow
-def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may_pass(head: Head, model: str) -> None:
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="nights")
+def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may_pass(
+    head: Head, s3: S3Server, model: str
+) -> None:
+    client, root = boto3.client("s3"), s3.create_bucket("nights")
+    bucket = root.removeprefix("s3://")
     keys = [f"in/{number // 1000}/{number:05d}.jpg" for number in range(NUM_OBJECTS)]
     broken = keys[100:120]
-    put("nights", {key: GARBAGE if key in broken else picture(number) for number, key in enumerate(keys)})
-    source, output = "s3://nights/in", "s3://nights/out"
+    put(bucket, {key: GARBAGE if key in broken else picture(number) for number, key in enumerate(keys)})
+    source, output = f"{root}/in", f"{root}/out"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
 
     def uri(key: str) -> str:
-        return f"s3://nights/{key}"
+        return f"{root}/{key}"
 
     # An object that changes between listing and reading fails in a way that may pass.
     assert head.label_bucket(*options, crash_at="plan-sealed").returncode == -signal.SIGKILL
-    put("nights", {keys[4000]: picture(9999)})
+    put(bucket, {keys[4000]: picture(9999)})
     first = head.label_bucket(*options)
     assert first.returncode == 0, first.stderr
     assert published.entries(output)[0]["failures"] == {"changed": 1, "truncated": 20}
@@ -95,8 +98,8 @@ def test_three_nights_over_5000_objects_label_exactly_what_is_new_changed_or_may
 
     new = [f"in/new {number:03d}.jpg" for number in range(100)]
     overwritten, deleted = keys[1000:1050], keys[2000:2030]
-    put("nights", {key: picture(10_000 + number) for number, key in enumerate([*new, *overwritten, *broken])})
-    client.delete_objects(Bucket="nights", Delete={"Objects": [{"Key": key} for key in deleted]})
+    put(bucket, {key: picture(10_000 + number) for number, key in enumerate([*new, *overwritten, *broken])})
+    client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key} for key in deleted]})
     second = head.label_bucket(*options)
     assert second.returncode == 0, second.stderr
     to_do = {uri(key) for key in [*new, *overwritten, *broken, keys[4000]]}
@@ -151,15 +154,17 @@ def test_failures_are_tried_again_and_everything_is_labeled_anew_when_asked(
 
 
 @pytest.mark.slow
-def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, model: str, tmp_path: Path) -> None:
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="emptied")
-    put("emptied", {f"in/{number}.jpg": picture(number) for number in range(8)})
-    output = "s3://emptied/out"
-    options = ("--input", "s3://emptied/in", "--output", output, "--model", model, "--gpu-actors=1")
+def test_an_empty_bucket_deletes_everything_only_if_that_was_said(
+    head: Head, s3: S3Server, model: str, tmp_path: Path
+) -> None:
+    client, root = boto3.client("s3"), s3.create_bucket("emptied")
+    bucket = root.removeprefix("s3://")
+    put(bucket, {f"in/{number}.jpg": picture(number) for number in range(8)})
+    output = f"{root}/out"
+    options = ("--input", f"{root}/in", "--output", output, "--model", model, "--gpu-actors=1")
     assert head.label_bucket(*options).returncode == 0
     for number in range(8):
-        client.delete_object(Bucket="emptied", Key=f"in/{number}.jpg")
+        client.delete_object(Bucket=bucket, Key=f"in/{number}.jpg")
     before = published.keys(output)
     refused = head.label_bucket(*options)
     assert refused.returncode == 3, refused.stderr
@@ -172,7 +177,7 @@ def test_an_empty_bucket_deletes_everything_only_if_that_was_said(head: Head, mo
     assert published.entries(output)[1]["counts"]["deleted"] == 8
     assert published.table(output, "deletions").num_rows == 8
     # Back again: everything is new.
-    put("emptied", {"in/0.jpg": picture(0)})
+    put(bucket, {"in/0.jpg": picture(0)})
     assert head.label_bucket(*options).returncode == 0
     assert published.entries(output)[2]["counts"]["labeled"] == 1
 
@@ -438,19 +443,20 @@ def driver(head: Head) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_bucket_of_many_ranges_is_planned_labeled_and_renewed_range_by_range(
-    driver: None, model: str, monkeypatch: pytest.MonkeyPatch
+    driver: None, s3: S3Server, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "PAGE_OBJECTS", 10)
     monkeypatch.setattr(listing, "SMALL_SOURCE_PAGES", 2)
     monkeypatch.setattr(listing, "MIN_RANGE_OBJECTS", 20)
     monkeypatch.setattr(catalog, "MAX_FILE_ROWS", 40)
-    boto3.client("s3").create_bucket(Bucket="ranges")
+    root = s3.create_bucket("ranges")
+    bucket = root.removeprefix("s3://")
     keys = [f"in/{'abcé'[number % 4]}/{number:03d}.jpg" for number in range(160)]
-    put("ranges", {key: picture(number) if number % 40 else GARBAGE for number, key in enumerate(keys)})
-    output = "s3://ranges/out"
+    put(bucket, {key: picture(number) if number % 40 else GARBAGE for number, key in enumerate(keys)})
+    output = f"{root}/out"
 
     def night(*extra: str) -> dict[str, int]:
-        options = ["--input", "s3://ranges/in", "--output", output, "--model", model, "--gpu-actors=1", *extra]
+        options = ["--input", f"{root}/in", "--output", output, "--model", model, "--gpu-actors=1", *extra]
         label_bucket(load_config(options, {}), start_engine=lambda: None)
         counts: dict[str, int] = published.entries(output)[-1]["counts"]
         return counts
@@ -466,19 +472,19 @@ def test_a_bucket_of_many_ranges_is_planned_labeled_and_renewed_range_by_range(
     before = catalog_files()
     assert len(before) == len(ranges)
     # One new object, one that is gone, in two of the ranges.
-    put("ranges", {"in/é/new.jpg": picture(999)})
-    boto3.client("s3").delete_object(Bucket="ranges", Key=keys[0])
+    put(bucket, {"in/é/new.jpg": picture(999)})
+    boto3.client("s3").delete_object(Bucket=bucket, Key=keys[0])
     second = night()
     assert (second["labeled"], second["deleted"], second["unchanged"]) == (1, 1, 159)
     after = catalog_files()
     assert len(set(after) - set(before)) == 2  # small neighbours in the ranges that changed become one
     assert set(after) & set(before)
     # A limit looks at the first ranges only, and the catalog of the others stays.
-    put("ranges", {keys[4]: picture(1001), keys[3]: picture(1002)})
+    put(bucket, {keys[4]: picture(1001), keys[3]: picture(1002)})
     third = night("--limit=30")
     assert (third["labeled"], third["unchanged"], third["listed"]) == (1, 29, 30)
     assert len(set(catalog_files()) - set(after)) == 1
     fourth = night()
     assert (fourth["labeled"], fourth["unchanged"], fourth["deleted"]) == (1, 159, 0)
     rows = [row["uri"] for row in published.table(output, "labels").to_pylist()]
-    assert set(rows) >= {f"s3://ranges/{key}" for number, key in enumerate(keys) if number % 40}
+    assert set(rows) >= {f"{root}/{key}" for number, key in enumerate(keys) if number % 40}

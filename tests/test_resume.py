@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import boto3
 import checkpoints
 import effort
 import published
@@ -36,14 +35,13 @@ CRASH_POINTS = (
 
 
 @pytest.fixture(scope="module")
-def source(head: Head) -> str:
+def source(head: Head, s3: S3Server) -> str:
     """300 objects of which 12 are broken: 5 units."""
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="resume")
+    url = s3.create_bucket("resume")
     for index in range(300):
         file = draw_file(3, index, broken_fraction=0.04)
-        client.put_object(Bucket="resume", Key=f"in/{file.path}", Body=file.data)
-    return "s3://resume/in"
+        s3.client.put_object(Bucket=url.removeprefix("s3://"), Key=f"in/{file.path}", Body=file.data)
+    return f"{url}/in"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def _is_planned(output: str) -> bool:
 @pytest.fixture(scope="module")
 def undisturbed(head: Head, source: str, model: str) -> str:
     """The output of a run that nothing happened to."""
-    output = "s3://resume/undisturbed"
+    output = f"{source.removesuffix('/in')}/undisturbed"
     done = head.label_bucket("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
     assert done.returncode == 0, done.stderr
     return output
@@ -71,7 +69,7 @@ def undisturbed(head: Head, source: str, model: str) -> str:
 def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     head: Head, s3: S3Server, source: str, model: str, undisturbed: str, point: str
 ) -> None:
-    output = f"s3://resume/{point.replace(':', '-')}"
+    output = f"{source.removesuffix('/in')}/{point.replace(':', '-')}"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
     places = [Place(url, s3.client) for url in (source, output, undisturbed)]
     kills = Kills(s3, *places)

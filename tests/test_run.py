@@ -15,26 +15,25 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from cluster import JOB, ROOT, Head
+from servers import S3Server
 from transformers import DeiTForImageClassificationWithTeacher, DeiTImageProcessorPil
 
 NUM_IMAGES = 3000
 
 
 @pytest.fixture(scope="module")
-def pictures(head: Head) -> str:
+def pictures(head: Head, s3: S3Server) -> str:
     """A bucket of 3,000 drawn pictures, about 90 of them broken in every known way."""
-    boto3.client("s3").create_bucket(Bucket="pictures")
-    url = "s3://pictures/catalogue"
+    url = f"{s3.create_bucket('pictures')}/catalogue"
     command = [sys.executable, "jobs/draw_images.py", "--output", url, f"--num-images={NUM_IMAGES}"]
     subprocess.run([*command, "--seed=7", "--broken-fraction=0.03"], cwd=ROOT, env=head.environment, check=True)
     return url
 
 
 @pytest.fixture(scope="module")
-def labeled(head: Head, pictures: str) -> str:
+def labeled(head: Head, s3: S3Server, pictures: str) -> str:
     """The output of a submitted job over the pictures."""
-    boto3.client("s3").create_bucket(Bucket="results")
-    output = "s3://results/labels"
+    output = f"{s3.create_bucket('results')}/labels"
     job = ["python", "jobs/label_bucket.py", "--input", pictures, "--output", output, "--model", "demo"]
     done = head.submit("--", *job, "--image-stats")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -117,9 +116,10 @@ def test_a_second_night_labels_only_what_is_new_or_changed_and_records_what_is_g
     keys = sorted(key for key in published.keys(pictures) if not key.startswith("broken/"))
     gone, changed, source = keys[10], keys[500], keys[900]
     body = published.read(pictures, source)
-    client.delete_object(Bucket="pictures", Key=f"catalogue/{gone}")
-    client.put_object(Bucket="pictures", Key=f"catalogue/{changed}", Body=body)
-    client.put_object(Bucket="pictures", Key="catalogue/new/a b+c#%2Fé.png", Body=body)
+    bucket = pictures.split("/")[2]
+    client.delete_object(Bucket=bucket, Key=f"catalogue/{gone}")
+    client.put_object(Bucket=bucket, Key=f"catalogue/{changed}", Body=body)
+    client.put_object(Bucket=bucket, Key="catalogue/new/a b+c#%2Fé.png", Body=body)
     done = head.label_bucket("--input", pictures, "--output", labeled, "--model", "demo")
     assert done.returncode == 0, done.stderr
     entry = published.entries(labeled)[1]
