@@ -244,7 +244,7 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
 def test_two_live_drivers_of_one_run_that_see_no_sign_of_each_other_end_in_one_exact_result(
     head: Head, s3: S3Server, source: str, model: str, undisturbed: str, faults: list[Fault]
 ) -> None:
-    output = "s3://resume/two-drivers"
+    output = f"{source.removesuffix('/in')}/two-drivers"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--object-deadline-s=120")
     places = [Place(url, s3.client) for url in (source, output, undisturbed)]
     kills = Kills(s3, *places)
