@@ -122,7 +122,9 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
         done = head.label_bucket(*options)
         assert done.returncode == 0, done.stderr
         assert kills.staged.look()
-        assert max((kills.reads() - reads_before).values()) == 1
+        again = kills.reads() - reads_before
+        # Each once, but for the one that a command reads first to see whether it may.
+        assert again.total() - len(again) <= 1
 
 
 def _plan() -> Iterator[list[tuple[str, str]]]:
