@@ -221,13 +221,14 @@ def label_units(task: Task, resources: Resources, work: Iterable[Work]) -> Itera
                     if is_stalled
                     else "the process that looks after them died on this node"
                 )
-                if was_in_vain and len(left) == num_left:
+                is_in_vain = len(left) == num_left
+                if was_in_vain and is_in_vain:
                     look_for = "hangs, or whether it has the nodes it needs" if is_stalled else "was killed, and why"
                     raise LabelBucketError(
                         f"expected some of {num_left:,} unit(s) to be done, found none, twice: {why}; look at the"
                         f" cluster for what {look_for}; the same command resumes"
                     ) from error
-                was_in_vain = len(left) == num_left
+                was_in_vain = is_in_vain
                 _log.warning("%s: %s of %s unit(s) are begun again", why, f"{len(left):,}", f"{num_left:,}")
 
 

@@ -5,7 +5,6 @@ pay for torch: the import happens in the actor's constructor.
 """
 
 import copy
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +19,6 @@ from pipeline.storage import describe
 
 if TYPE_CHECKING:
     from pipeline.model import Precision, Prediction
-
-_log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
 
