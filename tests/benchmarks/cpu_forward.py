@@ -11,9 +11,7 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
+import machine
 import numpy as np
 import torch
 from checkpoints import PUBLISHED
@@ -32,7 +31,6 @@ from checkpoints import PUBLISHED
 from pipeline import checkpoint, model
 from pipeline.preprocess import spec_from_config
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_WAIT_S = 600
 
 
@@ -141,15 +139,12 @@ def _forward(folder: str, settings: list[Setting], num_rounds: int, seconds: flo
 
 
 def _head(num_rounds: int, num_cores: int) -> list[str]:
-    cpu_lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = cpu_lines[0].partition(":")[2].strip() if cpu_lines else platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return [
         "# Forward passes on CPU: threads, images at once, compiled or not",
         "",
         f"    python tests/benchmarks/cpu_forward.py {' '.join(sys.argv[1:])}".rstrip(),
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit.stdout.strip()}; {cpu}, {num_cores} cores, torch"
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {machine.commit()}; {machine.cpu_name()}, {num_cores} cores, torch"
         f" {torch.__version__}, fp32; medians, lowest and highest of {num_rounds} rounds.",
         "",
     ]

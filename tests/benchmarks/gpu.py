@@ -24,7 +24,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -37,10 +36,12 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import checkpoints
+import machine
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -121,10 +122,10 @@ def _measure_all(pool: Pool) -> None:
         print(found[-1], file=sys.stderr, flush=True)
     facts = {
         "measured_at": f"{began_at:%Y-%m-%d}",
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {_cpu_name()}",
+        "commit": machine.commit(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {machine.cpu_name()}",
         "num_cores": os.cpu_count(),
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu_name(),
         "precision": precision,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -354,18 +355,6 @@ def _by_ray(options: argparse.Namespace, folder: Path, photos: list[bytes], temp
     subprocess.run([*job, "--model", str(folder), "--device", options.device], check=True, stdout=sys.stderr)
     (report,) = output.glob("_runs/*/report.json")
     return float(json.loads(report.read_text())["images_per_s"])
-
-
-def _commit() -> str:
-    ended = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return ended.stdout.strip() or "unknown"
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
 
 
 def _note(facts: dict[str, Any], found: list[Figures]) -> str:

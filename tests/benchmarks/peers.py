@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoints
 import cluster
+import machine
 import process_usage
 import servers
 
@@ -75,12 +76,16 @@ class Run:
 
     images_per_s_cold: float
     images_per_s: float
-    cpu_ms: float
     cpu_ms_by_kind: Mapping[str, float]
-    """Of `cpu_ms`: by what a process is there for."""
+    """By what a process is there for."""
     values: dict[str, Any]
     usage: process_usage.Usage
     num_images: int
+
+    @property
+    def cpu_ms(self) -> float:
+        """Of all processes, per image in the window."""
+        return sum(self.cpu_ms_by_kind.values())
 
 
 def main() -> None:
@@ -284,7 +289,6 @@ def _run(contestant: Contestant, num_images: int) -> Run:
     return Run(
         images_per_s_cold=num_images / (values["ended_s"] - started_s),
         images_per_s=num_in_window / (end_s - begin_s),
-        cpu_ms=sum(cpu_ms_by_kind.values()),
         cpu_ms_by_kind=cpu_ms_by_kind,
         values=values,
         usage=usage,
@@ -396,10 +400,7 @@ def _by_kind(runs: list[Run]) -> str:
 
 
 def _head(began_at: datetime, daft: Path | None) -> str:
-    cpu_lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    cpu = cpu_lines[0].partition(":")[2].strip() if cpu_lines else platform.machine()
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "transformers", "pillow"))
     if daft is not None:
         (info,) = daft.glob("daft-*.dist-info")
@@ -407,8 +408,9 @@ def _head(began_at: datetime, daft: Path | None) -> str:
     command = " ".join(["python", "tests/benchmarks/peers.py", *_public(sys.argv[1:])])
     definitions = (__doc__ or "").partition("the same for all:\n")[2].rstrip()
     return (
-        f"# Ours beside its peers\n\n    {command}\n\n{began_at:%Y-%m-%d}, commit {commit.stdout.strip()}; {cpu},"
-        f" {os.cpu_count()} cores, {memory_gib:.0f} GiB; Python {platform.python_version()}, {versions}. Medians,"
+        f"# Ours beside its peers\n\n    {command}\n\n{began_at:%Y-%m-%d}, commit {machine.commit()};"
+        f" {machine.cpu_name()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB; Python {platform.python_version()},"
+        f" {versions}. Medians,"
         f" lowest and highest of the rounds, all contestants in turn.\n\n```\n{definitions}\n```"
     )
 
