@@ -11,7 +11,6 @@ ones (there is no public switch, ray-project/ray#54433). A module of its own so 
 import itertools
 import json
 import logging
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +28,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import canary, engine, parts, plan, storage
+from pipeline.actor_log import Clock, Warnings
 from pipeline.checkpoint import Pooling
 from pipeline.errors import ConfigError, LabelBucketError
-from pipeline.label import Device, Labeler
+from pipeline.label import CALLS_PER_ACTOR, Device, Labeler
 from pipeline.picture import Recipe
 from pipeline.prepare import prepare_unit
 from pipeline.store import repeats
@@ -313,7 +313,11 @@ def prepare_and_label(
         fn_constructor_args=label_arguments,
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=resources.num_actors),
+        compute=ActorPoolStrategy(
+            size=resources.num_actors,
+            max_concurrent_calls_per_actor=CALLS_PER_ACTOR[resources.device],
+            enable_true_multi_threading=True,
+        ),
         num_cpus=resources.actor_cpus,
         num_gpus=1 if resources.device == "cuda" else None,
     )
@@ -353,46 +357,29 @@ class _Label:
 
     def __init__(self, task: Task, device: Device) -> None:
         self._labeler: Labeler | LabelBucketError
-        self._warnings = _Warnings()
+        self._warnings = Warnings()
         logging.getLogger("pipeline").addHandler(self._warnings)
         try:
             self._labeler, _ = checked_labeler(task, device)
         except LabelBucketError as error:
             self._labeler = error
-        self._idle_since_s = time.perf_counter()
+        self._clock = Clock()
 
     def __call__(self, packed: pa.Table) -> pa.Table:
         if isinstance(self._labeler, LabelBucketError):
             raise self._labeler
-        started_s = time.perf_counter()
         table, facts = unpack_unit(packed)
-        queue_s = _seconds_since(facts.pop("prepared_at_s"))
-        labeled = self._labeler(table)
-        ended_s = time.perf_counter()
-        timings = {
-            "label_wait_s": started_s - self._idle_since_s,
-            "label_s": ended_s - started_s,
+        with self._clock.call() as timings:
+            queue_s = _seconds_since(facts.pop("prepared_at_s"))
+            labeled = self._labeler(table)
+        became = {
+            "label_wait_s": timings.wait_s,
+            "label_s": timings.busy_s,
             "label_queue_s": queue_s,
             "labeled_at_s": time.time(),
             "warnings": json.dumps(self._warnings.take()),
         }
-        self._idle_since_s = ended_s
-        return pack_unit(labeled, facts | timings)
-
-
-class _Warnings(logging.Handler):
-    """Warnings of this process, kept for the driver: what workers print stays on their nodes."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._texts.append(f"{platform.node()}: {record.getMessage()}")
-
-    def take(self) -> list[str]:
-        texts, self._texts = self._texts, []
-        return texts
+        return pack_unit(labeled, facts | became)
 
 
 def _commit(task: Task, packed: pa.Table) -> pa.Table:

@@ -25,6 +25,9 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 8, "cuda": 256}
 """Images per forward pass; on a GPU fewer where its memory asks for it. On CPU those whose activations stay in the
 cache: a fifth faster than 32 for DeiT-tiny, an eighth for DeiT-small (tests/benchmarks/cpu_forward.md)."""
+CALLS_PER_ACTOR: dict[Device, int] = {"cpu": 1, "cuda": 2}
+"""Units that an actor is given at once: on a GPU two, so that it has the first images of one while the other's results
+are fetched and handed on. On CPU both would only share the cores."""
 _ADDED = ("label_ids", "label_names", "label_scores", "embedding")
 
 
@@ -109,14 +112,14 @@ class Labeler:
         numbers become failures of kind `model_nonfinite`, stage `label`. Raises ValueError for a row that neither
         failed nor has the pixels of one model input: a stage before this one is broken.
         """
-        pixels = pixel_views(table["pixels"], self._predict.shape_BHWC[1:])
-        rows = np.flatnonzero(table["failure_kind"].is_null().to_numpy()).tolist()
+        is_image, images_NHWC = decoded_images(table["pixels"], self._predict.shape_BHWC[1:])
+        has_failed = table["failure_kind"].is_valid().to_numpy()
+        if (is_image == has_failed).any():
+            uri = table["uri"][np.flatnonzero(is_image == has_failed)[0]]
+            raise ValueError(f"{uri}: expected either a failure or a model input's pixels, found both or neither")
+        rows = np.flatnonzero(is_image)
         results = _Results(len(table), self._top_k, self._embedding_dim)
-        images = [image for row in rows if (image := pixels[row]) is not None]
-        if len(images) != len(rows):
-            uri = next(table["uri"][row] for row in rows if pixels[row] is None)
-            raise ValueError(f"{uri}: expected a failure or a model input's pixels, found neither")
-        for batch, prediction in self._predict(images, top_k=self._top_k):
+        for batch, prediction in self._predict(images_NHWC, top_k=self._top_k):
             results.put(rows[batch], prediction)
         return self._to_table(table, results)
 
@@ -125,9 +128,9 @@ class Labeler:
 
         The embedding; without one (pooling `none`) the centred logits. Raises ConfigError if a vector is not finite.
         """
-        images, vectors = canary.pixels(self._spec), []
-        for batch, found in self._predict(images, top_k=len(self._label_names)):
-            num_images = len(images[batch])
+        images_NHWC, vectors = np.stack(canary.pixels(self._spec)), []
+        for batch, found in self._predict(images_NHWC, top_k=len(self._label_names)):
+            num_images = len(images_NHWC[batch])
             vectors.append(canary.vectors_of(found.label_ids_Bk, found.scores_Bk, found.embedding_BD)[:num_images])
         canary.check_lengths(np.concatenate(vectors), self._model)
         return np.concatenate(vectors)
@@ -169,7 +172,7 @@ class _Results:
         self.is_labeled = np.zeros(num_rows, dtype=bool)
         self.is_nonfinite = np.zeros(num_rows, dtype=bool)
 
-    def put(self, rows: list[int], prediction: "Prediction") -> None:
+    def put(self, rows: npt.NDArray[np.intp], prediction: "Prediction") -> None:
         """Store the first `len(rows)` rows of a padded batch's prediction."""
         count = len(rows)
         is_finite = prediction.is_finite_B[:count]
@@ -194,24 +197,31 @@ class _Results:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, field.type.value_type), type=field.type)
 
 
-def pixel_views(column: pa.ChunkedArray, shape: tuple[int, ...]) -> list[npt.NDArray[np.uint8] | None]:
-    """Each row of a large_binary column as a view of `shape` into Arrow's buffer; None for nulls.
+def decoded_images(
+    column: pa.ChunkedArray, shape_HWC: tuple[int, int, int]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+    """Which rows of a large_binary column are not null, and their pixels, uint8 (N, H, W, C): back to back as they lie
+    in Arrow's buffer, and copied only if the column has several chunks.
 
-    Raises ValueError for a value that is not the size of `shape`.
+    Raises ValueError for a value that is not the size of `shape_HWC`.
     """
-    expected_bytes = int(np.prod(shape))
-    views: list[npt.NDArray[np.uint8] | None] = []
+    row_bytes = int(np.prod(shape_HWC))
+    is_valid, images = [np.empty(0, bool)], []
     for chunk in column.chunks:
+        is_valid.append(chunk.is_valid().to_numpy(zero_copy_only=False))
         if chunk.null_count == len(chunk):  # also the empty chunk; neither needs to have buffers
-            views += [None] * len(chunk)
             continue
         _, offsets_buffer, data_buffer = chunk.buffers()
         # Buffers know nothing of the slice that the chunk is.
         offsets = np.frombuffer(offsets_buffer, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-        data = np.frombuffer(data_buffer, np.uint8)
-        is_valid_rows = chunk.is_valid().to_numpy(zero_copy_only=False)
-        for is_valid, begin, end in zip(is_valid_rows, offsets[:-1], offsets[1:], strict=True):
-            if is_valid and end - begin != expected_bytes:
-                raise ValueError(f"expected {expected_bytes} bytes of pixels (uint8 {shape}), found {end - begin}")
-            views.append(data[begin:end].reshape(shape) if is_valid else None)
-    return views
+        sizes_bytes, expected_bytes = np.diff(offsets), np.where(is_valid[-1], row_bytes, 0)
+        if (sizes_bytes != expected_bytes).any():
+            (row, *_) = np.flatnonzero(sizes_bytes != expected_bytes)
+            raise ValueError(
+                f"expected {expected_bytes[row]} bytes of pixels (uint8 {shape_HWC}), found {sizes_bytes[row]}"
+            )
+        data = np.frombuffer(data_buffer, np.uint8)[offsets[0] : offsets[-1]]
+        images.append(data.reshape(-1, *shape_HWC))
+    if len(images) == 1:
+        return np.concatenate(is_valid), images[0]
+    return np.concatenate(is_valid), np.concatenate([np.empty((0, *shape_HWC), np.uint8), *images])

@@ -7,7 +7,9 @@ the actors should pay.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +123,9 @@ class Classifier(torch.nn.Module):
                 return tokens_BTD[:, self._num_special_tokens :].mean(dim=1)
 
 
+_NUM_TURNS = 4
+"""Micro-batches that a predictor has memory for: two calls at once, of which each has one on the device and puts the
+next one together."""
 _NUM_TRIED = 8
 """Images of the forward pass that says how much memory one takes."""
 _OUT_OF_MEMORY = (
@@ -195,8 +200,9 @@ class Predictor:
     """A classifier for any number of images, in micro-batches of one size, of which the last is padded with whatever
     was there: rows do not see each other.
 
-    Two micro-batches take turns: while the device computes one, the other is put together in pinned memory and copied
-    by a stream of its own. On CPU torch's streams and events are there and do nothing, so both are one code path.
+    Micro-batches take turns: while the device computes one, the next is put together in pinned memory and copied by a
+    stream of its own. Calls may come from several threads: while one waits for its last micro-batch, the device has the
+    first of another. On CPU torch's streams and events are there and do nothing, so all of it is one code path.
 
     `is_compiled`: by `torch.compile` for this one shape, at once; without, and with a warning, where that fails.
     """
@@ -205,45 +211,50 @@ class Predictor:
         self.classifier, self._is_compiled = classifier, is_compiled
         self._device_module: Any = torch.get_device_module(classifier.device)
         self._copying = self._device_module.Stream()
+        self._launching = threading.Lock()
         self._allocate(shape_BHWC)
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
         """The same weights behind the normalization of another preprocessing."""
         return Predictor(self.classifier.with_spec(spec), self.shape_BHWC, is_compiled=self._is_compiled)
 
-    def __call__(self, images: Sequence[npt.NDArray[np.uint8]], *, top_k: int) -> Iterator[tuple[slice, Prediction]]:
-        """Micro-batch by micro-batch: which images, each uint8 (H, W, 3), and their prediction, of whose rows only so
-        many count.
+    def __call__(self, images_NHWC: npt.NDArray[np.uint8], *, top_k: int) -> Iterator[tuple[slice, Prediction]]:
+        """Micro-batch by micro-batch: which of the images, uint8 (N, H, W, 3), and their prediction, of whose rows only
+        so many count.
 
         Where the device runs out of memory, the micro-batches are halved for good. ConfigError if not even one image
         fits.
         """
         start, under_way = 0, None
-        while start < len(images):
-            batch, failure = slice(start, start + self.shape_BHWC[0]), ""
+        while start < len(images_NHWC):
+            turns = self._turns  # to which the turn goes back, even if another call halves meanwhile
+            turn, failure = turns.get(), ""
+            size = len(turn.host)
             try:
-                launched = self._launch(images[batch], top_k)
+                launched = self._launch(turn, images_NHWC[start : start + size], top_k)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = describe(error)
+            finally:
+                turns.put(turn)
+                del turn, turns
             if failure:  # only now, without the exception, are the activations free
-                self._halve(failure)
+                self._halve(size, failure)
                 continue
             if under_way is not None:
                 yield self._finish(*under_way)
-            under_way = batch, *launched
-            start = batch.stop
+            under_way = slice(start, start + size), *launched
+            start += size
         if under_way is not None:
             yield self._finish(*under_way)
 
-    def _launch(self, images: Sequence[npt.NDArray[np.uint8]], top_k: int) -> tuple[_Outputs, Any]:
+    def _launch(self, turn: "_Turn", images_NHWC: npt.NDArray[np.uint8], top_k: int) -> tuple[_Outputs, Any]:
         """What will have been predicted, in host memory, once the event has happened."""
-        turn, computing = self._turns[0], self._device_module.current_stream()
         turn.is_copied.synchronize()
-        for position, image in enumerate(images):
-            turn.pixels_BHWC[position] = image
-        with torch.inference_mode():
+        turn.pixels_BHWC[: len(images_NHWC)] = images_NHWC
+        with self._launching, torch.inference_mode():
+            computing = self._device_module.current_stream()
             with self._device_module.stream(self._copying):
                 self._copying.wait_event(turn.is_computed)
                 turn.on_device.copy_(turn.host, non_blocking=True)
@@ -252,9 +263,8 @@ class Predictor:
             outputs = _outputs(self._forward, turn.on_device, top_k)
             turn.is_computed.record(computing)
             on_host = _to_host(outputs, non_blocking=True)
-        is_there = _event(self.classifier.device)
-        is_there.record(computing)
-        self._turns.reverse()
+            is_there = _event(self.classifier.device)
+            is_there.record(computing)
         return on_host, is_there
 
     @staticmethod
@@ -262,24 +272,27 @@ class Predictor:
         is_there.synchronize()
         return batch, _prediction(on_host)
 
-    def _halve(self, failure: str) -> None:
-        num_images, height_px, *_ = self.shape_BHWC
-        if num_images == 1:
-            raise ConfigError(
-                f"expected memory for one image of {height_px} px on this node, found too little: {failure};"
-                " use nodes or devices with more, or fewer --gpu-actors"
-            )
-        _log.warning("out of memory with %d images per forward pass: going on with %d", num_images, num_images // 2)
-        self._allocate((num_images // 2, *self.shape_BHWC[1:]))
+    def _halve(self, size: int, failure: str) -> None:
+        with self._launching:
+            if self.shape_BHWC[0] < size:
+                return  # another call has
+            if size == 1:
+                raise ConfigError(
+                    f"expected memory for one image of {self.shape_BHWC[1]} px on this node, found too little:"
+                    f" {failure}; use nodes or devices with more, or fewer --gpu-actors"
+                )
+            _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
+            self._allocate((size // 2, *self.shape_BHWC[1:]))
 
     def _allocate(self, shape_BHWC: tuple[int, int, int, int]) -> None:
-        self._turns: list[_Turn] = []  # before the others are there
+        self._turns = queue.SimpleQueue[_Turn]()  # before the others are there
         if self.classifier.device.type == "cuda":
             torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
         self.shape_BHWC = shape_BHWC
-        self._turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(2)]
-        pixels_BHWC = self._turns[0].on_device
-        self._forward = _compiled(self.classifier, pixels_BHWC) if self._is_compiled else self.classifier
+        turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(_NUM_TURNS)]
+        self._forward = _compiled(self.classifier, turns[0].on_device) if self._is_compiled else self.classifier
+        for turn in turns:
+            self._turns.put(turn)
 
 
 class _Turn:

@@ -3,6 +3,8 @@
 import pickle
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,14 @@ def test_without_embeddings_there_is_no_such_column(found: Checkpoint) -> None:
 def test_a_row_without_pixels_and_without_a_failure_stops_the_run(labeler: Labeler) -> None:
     unit = _unit(range(2))
     pixels = pa.array([None, _image(1).tobytes()], pa.large_binary())
-    with pytest.raises(ValueError, match=r"s3://bucket/0000\.jpg: expected a failure or a model input"):
+    with pytest.raises(ValueError, match=r"s3://bucket/0000\.jpg: expected either a failure or a model input"):
+        labeler(unit.set_column(unit.column_names.index("pixels"), "pixels", pixels))
+
+
+def test_a_failure_with_pixels_stops_the_run(labeler: Labeler) -> None:
+    unit = _unit(range(2), failed={1})
+    pixels = pa.array([_image(0).tobytes(), _image(1).tobytes()], pa.large_binary())
+    with pytest.raises(ValueError, match=r"s3://bucket/0001\.jpg: expected either a failure or a model input"):
         labeler(unit.set_column(unit.column_names.index("pixels"), "pixels", pixels))
 
 
@@ -246,6 +255,21 @@ def test_micro_batches_always_have_the_same_size_and_hold_the_rows_in_order(labe
         np.testing.assert_array_equal(batch[: len(numbers)], [_image(number) for number in numbers])
 
 
+def test_units_that_are_labeled_at_once_are_the_same_bytes_as_one_after_another(labeler: Labeler) -> None:
+    units = [_unit(range(first, first + 11), failed={first + 2}) for first in range(0, 40, 10)] * 5
+    one_after_another = [_bytes(labeler(unit)) for unit in units]
+    both_began = threading.Barrier(2)
+
+    def label_half(first: int) -> list[bytes]:
+        both_began.wait(timeout=60)
+        return [_bytes(labeler(unit)) for unit in units[first::2]]
+
+    with ThreadPoolExecutor(2) as threads:
+        even, odd = threads.map(label_half, [0, 1])
+    assert even == one_after_another[0::2]
+    assert odd == one_after_another[1::2]
+
+
 def test_a_second_actor_gives_the_same_bytes(found: Checkpoint, labeler: Labeler) -> None:
     unit = _unit(range(9), failed={4})
     assert _bytes(_labeler(found)(unit)) == _bytes(labeler(unit))
@@ -263,13 +287,11 @@ def test_sliced_and_chunked_tables_with_nulls_between_are_read_right(labeler: La
 
 def test_pixels_are_read_without_copying_them() -> None:
     column = _unit(range(6), failed={1, 4})["pixels"].slice(1)
-    views = label.pixel_views(column, SHAPE)
-    assert [view is None for view in views] == [True, False, False, True, False]
+    is_image, images = label.decoded_images(column, SHAPE)
+    assert is_image.tolist() == [False, True, True, False, True]
+    np.testing.assert_array_equal(images, [_image(number) for number in (2, 3, 5)])
     data = column.chunk(0).buffers()[2]
-    for number, view in enumerate(views, start=1):
-        if view is not None:
-            np.testing.assert_array_equal(view, _image(number))
-            assert data.address <= view.ctypes.data < data.address + data.size
+    assert data.address <= images.ctypes.data < data.address + data.size
 
 
 # --- another preprocessing ----------------------------------------------------------------------------------------
@@ -376,7 +398,7 @@ def _in_little_memory(
         "batch_size": batch_size,
     }
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(70)]
+    images = rng.integers(0, 256, (70, 224, 224, 3), dtype=np.uint8)
     given, into = tmp_path / "given", tmp_path / "into"
     given.write_bytes(pickle.dumps((arguments, images, spare_bytes, str(into))))
     done = subprocess.run(

@@ -40,10 +40,10 @@ def found() -> checkpoint.Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def images(found: checkpoint.Checkpoint) -> list[npt.NDArray[np.uint8]]:
+def images(found: checkpoint.Checkpoint) -> npt.NDArray[np.uint8]:
     recipe = Recipe(spec=_spec(found), limits=DEFAULT_LIMITS)
     files = [draw_file(3, number, broken_fraction=0) for number in range(NUM_IMAGES)]
-    return [make_picture(file.data, recipe)[0] for file in files]
+    return np.stack([make_picture(file.data, recipe)[0] for file in files])
 
 
 def _spec(found: checkpoint.Checkpoint) -> checkpoint.PreprocessSpec:
@@ -52,7 +52,7 @@ def _spec(found: checkpoint.Checkpoint) -> checkpoint.PreprocessSpec:
 
 def _predicted(
     found: checkpoint.Checkpoint,
-    images: list[npt.NDArray[np.uint8]],
+    images: npt.NDArray[np.uint8],
     device: str,
     precision: Precision,
     *,
@@ -74,7 +74,7 @@ def _predicted(
 
 
 @pytest.fixture(scope="module")
-def plain(found: checkpoint.Checkpoint, images: list[npt.NDArray[np.uint8]]) -> model.Prediction:
+def plain(found: checkpoint.Checkpoint, images: npt.NDArray[np.uint8]) -> model.Prediction:
     classifier = model.load(found, _spec(found), pooling="pooled", device="cpu", precision="fp32")
     each = [model.predict(classifier, image[None].copy(), top_k=5) for image in images]
     return model.Prediction(
@@ -90,7 +90,7 @@ def plain(found: checkpoint.Checkpoint, images: list[npt.NDArray[np.uint8]]) -> 
 @pytest.mark.parametrize(("device", "precision", "is_compiled"), WAYS)
 def test_every_way_to_compute_agrees_with_one_image_at_a_time_in_float32(
     found: checkpoint.Checkpoint,
-    images: list[npt.NDArray[np.uint8]],
+    images: npt.NDArray[np.uint8],
     plain: model.Prediction,
     device: str,
     precision: Precision,
@@ -124,9 +124,9 @@ found = checkpoint.resolve(checkpoint.DEMO)
 spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
 classifier = model.load(found, spec, pooling="pooled", device="cpu", precision="fp32")
 predictor = model.Predictor(classifier, (1, found.input_px, found.input_px, 3), is_compiled=True)
-image = np.zeros((found.input_px, found.input_px, 3), np.uint8)
-((_, prediction),) = predictor([image], top_k=5)
-assert (prediction.label_ids_Bk == model.predict(classifier, image[None], top_k=5).label_ids_Bk).all()
+images = np.zeros((1, found.input_px, found.input_px, 3), np.uint8)
+((_, prediction),) = predictor(images, top_k=5)
+assert (prediction.label_ids_Bk == model.predict(classifier, images, top_k=5).label_ids_Bk).all()
 """
 
 

@@ -6,8 +6,8 @@ Needs a checkout, torch 2.11 or newer, transformers 5.17 or newer and what `pipe
 
   ceiling   forward passes alone: uint8 pixels that are on the device already -> logits and embeddings that stay there,
             the fastest of the batch sizes tried, eager and compiled
-  actor     `pipeline.label.Labeler`, as a run uses it: units of uint8 pixels in host memory -> labels, scores and
-            embeddings in host memory
+  actor     `pipeline.label.Labeler`, as a run uses it: units of uint8 pixels in host memory, as many at once as the
+            engine gives it -> labels, scores and embeddings in host memory
   FLOP/s    matrix products of the forward pass, two per multiplication and addition, at the ceiling; beside a product
             of two square matrices of the same precision
   overlap   a pinned copy of a batch to the device while the one before it is computed: the share of the shorter of
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import BytesIO
@@ -53,7 +54,7 @@ from PIL import Image
 from pipeline import checkpoint, model, plan, schema
 from pipeline.checkpoint import Checkpoint, PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS
-from pipeline.label import Device, Labeler, compute_precision
+from pipeline.label import CALLS_PER_ACTOR, Device, Labeler, compute_precision
 from pipeline.model import Precision
 from pipeline.picture import Recipe, make_picture
 from pipeline.preprocess import spec_from_config
@@ -280,12 +281,25 @@ def _actor(options: argparse.Namespace, found: Checkpoint, spec: PreprocessSpec)
         is_compiled=options.compile,
     )
     num_images = options.unit_images or plan.UnitSizes.of(spec.input_px, 2).max_unit_rows
-    # Several, so that no cache holds the pixels of the next.
-    units = itertools.cycle([_unit(num_images, spec) for _ in range(4)])
-    labeled = labeler(next(units))
+    num_calls = CALLS_PER_ACTOR[options.device]
+    # Several per call, so that no cache holds the pixels of the next.
+    units = [[_unit(num_images, spec) for _ in range(3)] for _ in range(num_calls)]
+    labeled = labeler(units[0][0])
     assert len(labeled) == num_images
     assert all(len(ids) == 5 for ids in labeled["label_ids"].to_pylist())
-    return num_images * _calls_per_s(lambda: labeler(next(units)), options.device, options.seconds)
+
+    def label_for(mine: list[pa.Table]) -> int:
+        deadline_s = time.perf_counter() + options.seconds
+        for number, unit in enumerate(itertools.cycle(mine), start=1):
+            labeler(unit)
+            if time.perf_counter() > deadline_s:
+                return number
+        raise AssertionError("unreachable")
+
+    with ThreadPoolExecutor(num_calls) as threads:
+        started_s = time.perf_counter()
+        num_units = sum(threads.map(label_for, units))
+        return num_images * num_units / (time.perf_counter() - started_s)
 
 
 def _pixels(num_images: int, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
