@@ -67,6 +67,7 @@ class Labeler:
         cache_dir: Path | None = None,
     ) -> None:
         from pipeline import model as torch_model
+        from pipeline import predictor
 
         found = checkpoint.resolve(model, revision, cache_dir=cache_dir)
         if found.weights_digest != weights_digest:
@@ -81,12 +82,12 @@ class Labeler:
             classifier = torch_model.load(
                 found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
             )
-            fitting = torch_model.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
+            fitting = predictor.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
             size = batch_size or even_batch_size(fitting, plan.UnitSizes.of(spec.input_px, 2).max_unit_rows)
             shape = (size, spec.input_px, spec.input_px, 3)
-            self._predict = torch_model.Predictor(classifier, shape, is_compiled=is_compiled)
+            self._predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
         except Exception as error:
-            if not torch_model.is_out_of_memory(error):
+            if not predictor.is_out_of_memory(error):
                 raise
             raise ConfigError(
                 f"model {model}: expected memory for it and for its input on this node, found too little:"

@@ -16,7 +16,7 @@ import transformers
 from checkpoints import PUBLISHED, Published
 from PIL import Image
 
-from pipeline import checkpoint, model
+from pipeline import checkpoint, encoder, model
 from pipeline.checkpoint import Architecture, Checkpoint, Pooling
 from pipeline.errors import ConfigError
 from pipeline.preprocess import preprocess, spec_from_config
@@ -170,10 +170,8 @@ def test_normalization_is_that_of_the_hugging_face_processor(tmp_path: Path) -> 
     every_value = np.arange(1024).astype(np.uint8).repeat(3).reshape(1, 32, 32, 3)
     expected = processor(list(every_value), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
     classifier = model.load(found, spec, pooling="none", device="cpu", precision="fp32")
-    seen: list[torch.Tensor] = []
-    classifier.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    model.predict(classifier, every_value, top_k=1)
-    torch.testing.assert_close(seen[0], expected, rtol=0, atol=0)
+    found_BCHW = classifier.embedding.normalized(torch.from_numpy(every_value))
+    torch.testing.assert_close(found_BCHW, expected, rtol=0, atol=0)
 
 
 def test_a_one_head_fine_tune_is_loaded_with_its_one_head(tmp_path: Path, photos: list[Image.Image]) -> None:
@@ -288,3 +286,19 @@ def test_cuda_where_there_is_none_is_an_error_and_not_a_fallback(folder: Path) -
             device="cuda",
             precision="fp32",
         )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_patches_are_the_same_multiplied_as_on_a_gpu_and_convolved_as_on_cpu(
+    tmp_path: Path, precision: model.Precision
+) -> None:
+    found = checkpoint.resolve(str(checkpoints.write_small(tmp_path / "small")))
+    spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
+    projection = model.load(found, spec, pooling="none", device="cpu", precision=precision).embedding.projection
+    pixels = torch.randn(3, 3, found.input_px, found.input_px, dtype=projection.weight.dtype)
+    convolved, multiplied = (
+        embed(projection, pixels) for embed in (encoder.convolved_patches, encoder.multiplied_patches)
+    )
+    assert convolved.shape[0] == 3
+    assert convolved.std() > 0.1
+    torch.testing.assert_close(multiplied, convolved)

@@ -82,7 +82,9 @@ ORDER = (
         "contain",
         "prepare",
         "canary",
+        "encoder",
         "model",
+        "predictor",
         "label",
     ),
     *("parts", "outcomes", "files", "drift", "publish"),
@@ -259,10 +261,12 @@ def test_only_retention_decides_what_is_deleted_and_only_compact_deletes_it() ->
     assert importers("pipeline.retention") == {"pipeline/compact.py"}
 
 
-def test_only_model_and_its_training_import_torch() -> None:
+def test_only_what_computes_the_model_and_its_training_import_torch() -> None:
     trains = {"jobs/train_demo.py"}
-    assert importers("torch", "transformers") <= {"pipeline/model.py", *trains}
-    assert importers("pipeline.model", module_level_only=True) <= trains
+    computes = {f"pipeline/{name}.py" for name in ("encoder", "model", "predictor")}
+    assert importers("torch", "transformers") <= computes | trains
+    assert importers("pipeline.model", module_level_only=True) <= {"pipeline/predictor.py", *trains}
+    assert importers("pipeline.predictor", module_level_only=True) == set()
 
 
 def test_neither_driver_nor_cpu_workers_load_torch() -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pipeline import checkpoint, model
+from pipeline import checkpoint, model, predictor
 from pipeline.decode import DEFAULT_LIMITS
 from pipeline.draw import draw_file
 from pipeline.model import Precision
@@ -62,8 +63,8 @@ def _predicted(
     model.prepare_process(None)
     classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision=precision)
     shape = (BATCH_SIZE, found.input_px, found.input_px, 3)
-    predictor = model.Predictor(classifier, shape, is_compiled=is_compiled)
-    rows = [(each, len(images[batch])) for batch, each in predictor(images, top_k=5)]
+    predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
+    rows = [(each, len(images[batch])) for batch, each in predict(images, top_k=5)]
     assert [number for _, number in rows] == [4, 4, 4, 4, 4, 3]
     vectors = [each.embedding_BD[:number] for each, number in rows if each.embedding_BD is not None]
     return (
@@ -98,7 +99,9 @@ def test_every_way_to_compute_agrees_with_one_image_at_a_time_in_float32(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ids, scores, vectors = _predicted(found, images, device, precision, is_compiled=is_compiled)
-    assert [each.getMessage() for each in caplog.records if each.name == model.__name__] == [], "it was not compiled"
+    assert [each.getMessage() for each in caplog.records if each.name == predictor.__name__] == [], (
+        "it was not compiled"
+    )
     assert plain.embedding_BD is not None
     cosines = (vectors * plain.embedding_BD).sum(axis=1)
     pairs = zip(ids.tolist(), plain.label_ids_Bk.tolist(), strict=True)
@@ -114,18 +117,49 @@ def test_every_way_to_compute_agrees_with_one_image_at_a_time_in_float32(
         assert not np.array_equal(vectors, plain.embedding_BD), "bf16 was not used"
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize(
+    ("device", "precision", "is_compiled"),
+    [
+        pytest.param("cpu", "fp32", False, id="cpu"),
+        pytest.param("cuda", "bf16", True, id="cuda-compiled", marks=ON_GPU),
+    ],
+)
+def test_calls_at_once_get_the_answers_to_their_own_images(
+    found: checkpoint.Checkpoint,
+    images: npt.NDArray[np.uint8],
+    device: str,
+    precision: Precision,
+    is_compiled: bool,
+) -> None:
+    model.prepare_process(None)
+    classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision=precision)
+    shape = (BATCH_SIZE, found.input_px, found.input_px, 3)
+    predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
+
+    def vectors(given: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        each = [(one.embedding_BD, len(given[batch])) for batch, one in predict(given, top_k=5)]
+        return np.concatenate([vector_BD[:number] for vector_BD, number in each if vector_BD is not None])
+
+    orders = [np.random.default_rng(number).permutation(NUM_IMAGES) for number in range(12)]
+    one_after_another = [vectors(images[order]) for order in orders]
+    with ThreadPoolExecutor(3) as threads:
+        at_once = list(threads.map(lambda order: vectors(images[order]), orders))
+    np.testing.assert_array_equal(at_once, one_after_another)
+
+
 WITHOUT_A_COMPILER = """
 import sys
 import numpy as np
-from pipeline import checkpoint, model
+from pipeline import checkpoint, model, predictor
 from pipeline.preprocess import spec_from_config
 
 found = checkpoint.resolve(checkpoint.DEMO)
 spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
 classifier = model.load(found, spec, pooling="pooled", device="cpu", precision="fp32")
-predictor = model.Predictor(classifier, (1, found.input_px, found.input_px, 3), is_compiled=True)
+predict = predictor.Predictor(classifier, (1, found.input_px, found.input_px, 3), is_compiled=True)
 images = np.zeros((1, found.input_px, found.input_px, 3), np.uint8)
-((_, prediction),) = predictor(images, top_k=5)
+((_, prediction),) = predict(images, top_k=5)
 assert (prediction.label_ids_Bk == model.predict(classifier, images, top_k=5).label_ids_Bk).all()
 """
 
@@ -155,10 +189,10 @@ def test_a_node_without_a_compiler_computes_without_and_says_so(tmp_path: Path) 
 def test_a_micro_batch_on_a_gpu_takes_at_most_half_of_its_free_memory(
     free_bytes: float, bytes_per_image: float, most: int, expected: int
 ) -> None:
-    assert model.batch_size_for(int(free_bytes), bytes_per_image, most) == expected
+    assert predictor.batch_size_for(int(free_bytes), bytes_per_image, most) == expected
 
 
 @ON_GPU
 def test_a_small_model_fits_a_gpu_whole_units_at_a_time(found: checkpoint.Checkpoint) -> None:
     classifier = model.load(found, _spec(found), pooling="pooled", device="cuda", precision="bf16")
-    assert model.fitting_batch_size(classifier, found.input_px, 256) == 256
+    assert predictor.fitting_batch_size(classifier, found.input_px, 256) == 256

@@ -113,7 +113,7 @@ def _forward(folder: str, settings: list[Setting], num_rounds: int, seconds: flo
     found = checkpoint.resolve(folder)
     spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
     classifier = model.load(found, spec, pooling="pooled", device="cpu", precision="fp32")
-    compiled = torch.compile(classifier, dynamic=False)
+    compiled = classifier.compiled()
     rng = np.random.default_rng(0)
     pixels = {
         each.batch_size: torch.from_numpy(

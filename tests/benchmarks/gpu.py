@@ -51,7 +51,7 @@ import transformers
 from checkpoints import PUBLISHED, Published
 from PIL import Image
 
-from pipeline import checkpoint, model, plan, schema
+from pipeline import checkpoint, model, plan, predictor, schema
 from pipeline.checkpoint import Checkpoint, PreprocessSpec
 from pipeline.decode import DEFAULT_LIMITS
 from pipeline.label import CALLS_PER_ACTOR, Device, Labeler, compute_precision
@@ -233,7 +233,7 @@ def _ceiling(
     for batch_size in options.batch_size or BATCH_SIZES[options.device]:
         pixels = torch.from_numpy(_pixels(batch_size, spec)).to(options.device)
         for is_compiled in (False, True) if options.compile else (False,):
-            forward: Callable[..., Any] = torch.compile(classifier, dynamic=False) if is_compiled else classifier
+            forward: Callable[..., Any] = predictor.compiled(classifier, pixels) if is_compiled else classifier
             with torch.inference_mode():
                 rate = batch_size * _calls_per_s(lambda: forward(pixels), options.device, options.seconds)  # noqa: B023
             best = max(best, (rate, batch_size, is_compiled))
