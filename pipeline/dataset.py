@@ -41,9 +41,9 @@ _log = logging.getLogger(__name__)
 UNITS_PER_WAVE = 4096
 """Units in one Dataset, which keeps its input blocks for life (ray-project/ray#66016): 4.4 kB per unit, 18 MB per wave.
 
-Every wave starts its actors again, about 6 s on 2 cores: 4 % of a wave of full units on one GPU at 30k images/s (137
-s), 1 % on 64 cores that decode 100 images/s each (655 s). A longer wave would start them less often, but hold more, and
-queueing it takes 0.8 ms per unit before its first task.
+Every wave starts its actors again, about 6 s on 2 cores, and up to 8 s more to compile on a GPU: 10 % of a wave of full
+units on one GPU at 30k images/s (137 s), 2 % on 64 cores that decode 100 images/s each (655 s). A longer wave would
+start them less often, but hold more, and queueing it takes 0.8 ms per unit before its first task.
 """
 STALL_TIMEOUT_S = 1800.0
 """Time in which nothing at all moves, after which a dataset is given up."""

@@ -27,8 +27,8 @@ _NUM_TURNS = 4
 next one together."""
 _IMAGES_PER_COPY = 64
 _NUM_COPIERS = 4
-"""Threads that fill pinned memory, so many images each. One thread beside an H200 copies about 20,000 images of 224 px
-a second, of which the GPU labels 33,000 to 80,000 (tests/benchmarks/gpu.md)."""
+"""Threads that fill pinned memory, so many images each: one could not keep up with a GPU that labels 33,000 to 80,000
+images a second (tests/benchmarks/gpu.md)."""
 _NUM_TRIED = 8
 """Images of the forward pass that says how much memory one takes."""
 _OUT_OF_MEMORY = (
@@ -144,7 +144,7 @@ class Predictor:
             torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
         self.shape_BHWC = shape_BHWC
         turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(_NUM_TURNS)]
-        self._forward = compiled(self.classifier, turns[0].on_device) if self._is_compiled else self.classifier
+        self._forward = compiled(self.classifier, shape_BHWC) if self._is_compiled else self.classifier
         for turn in turns:
             self._turns.put(turn)
 
@@ -167,16 +167,20 @@ def _event(device: torch.device) -> Any:
     return device_module.Event(**({"blocking": True} if device.type == "cuda" else {}))
 
 
-def compiled(classifier: Classifier, pixels_BHWC: torch.Tensor) -> Forward:
+def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
     """`classifier` compiled for pixels of this shape, and on a GPU launched as one graph; itself, with a warning, where
     that fails. What it returns is overwritten by its next call.
     """
     try:
+        # Not a tensor of inference mode, for which all would be compiled once more.
+        given_BHWC = torch.zeros(shape_BHWC, dtype=torch.uint8, device=classifier.device)
         forward = classifier.compiled()
-        with torch.inference_mode():
-            classifier(pixels_BHWC)  # or what only the first pass does would be compiled, and compiled again without
-            forward(pixels_BHWC)
-            return _as_graph(forward, pixels_BHWC) if pixels_BHWC.is_cuda else forward
+        # A process has few shapes, but after four the compiler would go on without compiling, and without a word.
+        unlimited = torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True)
+        with torch.inference_mode(), unlimited:
+            classifier(given_BHWC)  # or what only the first pass does would be compiled, and compiled again without
+            forward(given_BHWC)
+            return _as_graph(forward, given_BHWC) if given_BHWC.is_cuda else forward
     except Exception as error:  # noqa: BLE001  # of a compiler, whichever it is and whatever it lacks
         if is_out_of_memory(error):
             return classifier  # which will say so with its first images
@@ -184,11 +188,10 @@ def compiled(classifier: Classifier, pixels_BHWC: torch.Tensor) -> Forward:
         return classifier
 
 
-def _as_graph(forward: Forward, pixels_BHWC: torch.Tensor) -> Forward:
-    """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of 7.7 that DeiT-small computes
-    256 images.
+def _as_graph(forward: Forward, given_BHWC: torch.Tensor) -> Forward:
+    """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of 7.7 that an H200 computes 256
+    images with DeiT-small.
     """
-    given_BHWC = pixels_BHWC.clone()
     graph = torch.cuda.CUDAGraph()
     # Other calls may be waiting for their copies meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

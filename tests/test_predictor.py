@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import checkpoints
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -146,6 +147,19 @@ def test_calls_at_once_get_the_answers_to_their_own_images(
     with ThreadPoolExecutor(3) as threads:
         at_once = list(threads.map(lambda order: vectors(images[order]), orders))
     np.testing.assert_array_equal(at_once, one_after_another)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_micro_batches_of_a_fifth_size_are_compiled_as_those_of_the_first_were(tmp_path: Path) -> None:
+    found = checkpoint.resolve(str(checkpoints.write_small(tmp_path / "small")))
+    classifier = model.load(found, _spec(found), pooling="pooled", device="cpu", precision="fp32")
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number, size in enumerate((16, 8, 4, 2, 1), start=1):
+        forward = predictor.compiled(classifier, (size, found.input_px, found.input_px, 3))
+        assert forward is not classifier
+        found_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - num_graphs
+        assert found_graphs == 2 * number, "one of the embedding, one that stands for all layers"
 
 
 WITHOUT_A_COMPILER = """
