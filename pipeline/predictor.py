@@ -54,7 +54,10 @@ class Predictor:
         self._copying = self._device_module.Stream()
         self._launching = threading.Lock()
         self._copiers = ThreadPoolExecutor(_NUM_COPIERS, thread_name_prefix="copy")
-        self._allocate(shape_BHWC)
+        self._turns = queue.SimpleQueue[_Turn]()
+        for _ in range(_NUM_TURNS):
+            self._turns.put(_Turn(shape_BHWC, classifier.device))
+        self._fit(shape_BHWC)
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
         """The same weights behind the normalization of another preprocessing."""
@@ -69,20 +72,19 @@ class Predictor:
         """
         start, under_way = 0, None
         while start < len(images_NHWC):
-            turns = self._turns  # to which the turn goes back, even if another call halves meanwhile
-            turn, failure = turns.get(), ""
-            size = len(turn.host)
+            size = self.shape_BHWC[0]
+            turn, launched, failure = self._turns.get(), None, ""
             try:
-                launched = self._launch(turn, images_NHWC[start : start + size], top_k)
+                launched = self._launch(turn, images_NHWC[start : start + size], size, top_k)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = describe(error)
             finally:
-                turns.put(turn)
-                del turn, turns
+                self._turns.put(turn)
             if failure:  # only now, without the exception, are the activations free
                 self._halve(size, failure)
+            if launched is None:
                 continue
             if under_way is not None:
                 yield self._finish(*under_way)
@@ -91,18 +93,25 @@ class Predictor:
         if under_way is not None:
             yield self._finish(*under_way)
 
-    def _launch(self, turn: "_Turn", images_NHWC: npt.NDArray[np.uint8], top_k: int) -> tuple[Outputs, Any]:
-        """What will have been predicted, in host memory, once the event has happened."""
+    def _launch(
+        self, turn: "_Turn", images_NHWC: npt.NDArray[np.uint8], size: int, top_k: int
+    ) -> tuple[Outputs, Any] | None:
+        """What will have been predicted, in host memory, once the event has happened. None if micro-batches are no
+        longer of this size.
+        """
         turn.is_copied.synchronize()
         self._fill(turn, images_NHWC)
         with self._launching, torch.inference_mode():
+            if size != self.shape_BHWC[0]:
+                return None
             computing = self._device_module.current_stream()
             with self._device_module.stream(self._copying):
                 self._copying.wait_event(turn.is_computed)
-                turn.on_device.copy_(turn.host, non_blocking=True)
+                if turn.on_device is not turn.host:
+                    turn.on_device[:size].copy_(turn.host[:size], non_blocking=True)
                 turn.is_copied.record(self._copying)
             computing.wait_event(turn.is_copied)
-            on_device = computed(self._forward, turn.on_device, top_k)
+            on_device = computed(self._forward, turn.on_device[:size], top_k)
             turn.is_computed.record(computing)
             on_host = to_host(on_device, non_blocking=True)
             is_there = _event(self.classifier.device)
@@ -135,22 +144,21 @@ class Predictor:
                     f" {failure}; use nodes or devices with more, or fewer --gpu-actors"
                 )
             _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
-            self._allocate((size // 2, *self.shape_BHWC[1:]))
+            self._fit((size // 2, *self.shape_BHWC[1:]))
 
-    def _allocate(self, shape_BHWC: tuple[int, int, int, int]) -> None:
-        self._turns = queue.SimpleQueue[_Turn]()  # before the others are there, as is the graph
-        self._forward: Forward = self.classifier
+    def _fit(self, shape_BHWC: tuple[int, int, int, int]) -> None:
+        self.shape_BHWC = shape_BHWC
+        self._forward: Forward = self.classifier  # and not a graph, which has memory, before the other one is there
         if self.classifier.device.type == "cuda":
             torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
-        self.shape_BHWC = shape_BHWC
-        turns = [_Turn(shape_BHWC, self.classifier.device) for _ in range(_NUM_TURNS)]
-        self._forward = compiled(self.classifier, shape_BHWC) if self._is_compiled else self.classifier
-        for turn in turns:
-            self._turns.put(turn)
+        if self._is_compiled:
+            self._forward = compiled(self.classifier, shape_BHWC)
 
 
 class _Turn:
-    """Memory of one micro-batch on the host and on the device, on CPU the same, and when it is free again."""
+    """Memory of one micro-batch, of the largest size, on the host and on the device, on CPU the same, and when it is
+    free again.
+    """
 
     def __init__(self, shape_BHWC: tuple[int, int, int, int], device: torch.device) -> None:
         self.host = torch.zeros(shape_BHWC, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -128,14 +128,16 @@ class Kills:
 
 
 def fill_with_pictures(s3: S3Server, bucket: str, num_objects: int, seed: int) -> Place:
-    """A new bucket with so many drawn pictures below in/, some of them broken: a hundred, as often as need be."""
-    s3.client.create_bucket(Bucket=bucket)
+    """A new bucket, whose name begins with `bucket`, with so many drawn pictures below in/, some of them broken: a
+    hundred, as often as need be.
+    """
+    url = s3.create_bucket(bucket)
     files: dict[str, bytes] = {}
     for number in range(100):
         file = draw_file(seed, number, broken_fraction=0.03)
         files |= {f"in/{copy:02d}/{file.path}": file.data for copy in range(num_objects // 100)}
-    put_quickly(s3, bucket, files)
-    return Place(f"s3://{bucket}/in", s3.client)
+    put_quickly(s3, url.removeprefix("s3://"), files)
+    return Place(f"{url}/in", s3.client)
 
 
 def label_undisturbed(head: Head, source: Place, model: Path) -> Place:

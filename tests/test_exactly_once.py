@@ -51,10 +51,10 @@ def undisturbed(head: Head, source: Place, model: Path) -> Place:
 def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_of_an_undisturbed_one(
     head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place
 ) -> None:
-    output = Place("s3://once/disturbed", s3.client)
+    output = Place(f"s3://{source.bucket}/disturbed", s3.client)
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     kinds = {"GET": GET_KINDS, "PUT": PUT_KINDS, "LIST": LIST_KINDS}
-    probability, path = {"GET": 0.1, "PUT": 0.4, "LIST": 0.4}, re.compile("/once($|/(in|disturbed)/)")
+    probability, path = {"GET": 0.1, "PUT": 0.4, "LIST": 0.4}, re.compile(f"/{source.bucket}($|/(in|disturbed)/)")
     storm = Storm(SEED, kinds, probability, path, max_lists=1000)
     kills = Kills(s3, source, output, undisturbed)
 
@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
 def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_finishes_it_afterwards(
     head: Head, s3: S3Server, source: Place, model: Path, undisturbed: Place, kind: Kind
 ) -> None:
-    output = Place(f"s3://once/outage-{kind}", s3.client)
+    output = Place(f"s3://{source.bucket}/outage-{kind}", s3.client)
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     kills = Kills(s3, source, output, undisturbed)
     every = ("GET", "PUT", "LIST", "HEAD", "POST", "DELETE")

@@ -1,5 +1,6 @@
 """The actor: whole units in, the same rows labeled out, whatever travels with them."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -363,28 +364,35 @@ def test_naming_the_actor_class_does_not_import_torch() -> None:
 # --- memory -------------------------------------------------------------------------------------------------------
 
 IN_LITTLE_MEMORY = """
-import pickle, re, resource, sys
+import pickle, re, resource, sys, threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from pipeline.label import Labeler
 
-arguments, images, spare_bytes, into = pickle.loads(Path(sys.argv[1]).read_bytes())
-labeler = Labeler(**arguments)
+arguments, images, num_calls, spare_bytes, into = pickle.loads(Path(sys.argv[1]).read_bytes())
+labeler, both_began = Labeler(**arguments), threading.Barrier(num_calls)
+
+def label(_):
+    both_began.wait()
+    found = [(batch, each.label_ids_Bk) for batch, each in labeler._predict(images, top_k=3)]
+    return np.concatenate([ids[: len(images[batch])] for batch, ids in found]), [len(ids) for _, ids in found]
+
+threads = ThreadPoolExecutor(num_calls)
+list(threads.map(lambda _: both_began.wait(), range(num_calls)))  # threads have stacks
 if labeler._predict.shape_BHWC[0] > 1:
     [*Labeler(**arguments | {"batch_size": 1})._predict(images[:1], top_k=3)]  # what only the first pass allocates
 if spare_bytes:
     used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (used + spare_bytes,) * 2)
-found = [(batch, each.label_ids_Bk) for batch, each in labeler._predict(images, top_k=3)]
-rows = np.concatenate([ids[: len(images[batch])] for batch, ids in found])
-Path(into).write_bytes(pickle.dumps((rows, [len(ids) for _, ids in found])))
+Path(into).write_bytes(pickle.dumps(list(threads.map(label, range(num_calls)))))
 """
 
 
 def _in_little_memory(
-    tmp_path: Path, batch_size: int, spare_bytes: int
-) -> tuple[npt.NDArray[np.int32], list[int], str]:
-    """Labels and sizes of the micro-batches of DeiT-tiny over 70 pictures, and the error, of a process of its own."""
+    tmp_path: Path, batch_size: int, spare_bytes: int, num_calls: int = 1
+) -> tuple[list[tuple[npt.NDArray[np.int32], list[int]]], str]:
+    """By call, labels and sizes of the micro-batches of DeiT-tiny over 70 pictures; the error. Of its own process."""
     tiny = checkpoints.PUBLISHED[0]
     found = checkpoint.resolve(str(checkpoints.write_published(tmp_path / "model", tiny)))
     arguments = {
@@ -400,21 +408,26 @@ def _in_little_memory(
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (70, 224, 224, 3), dtype=np.uint8)
     given, into = tmp_path / "given", tmp_path / "into"
-    given.write_bytes(pickle.dumps((arguments, images, spare_bytes, str(into))))
-    done = subprocess.run(
-        [sys.executable, "-c", IN_LITTLE_MEMORY, str(given)], capture_output=True, text=True, check=False
-    )
-    rows, sizes = pickle.loads(into.read_bytes()) if into.exists() else (np.empty((0, 3), np.int32), [])
-    return rows, sizes, done.stderr
+    given.write_bytes(pickle.dumps((arguments, images, num_calls, spare_bytes, str(into))))
+    # Or every thread would reserve address space of its own for what it allocates.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return pickle.loads(into.read_bytes()) if into.exists() else [], done.stderr
 
 
-def test_an_actor_that_runs_out_of_memory_halves_its_micro_batches_and_labels_every_image(tmp_path: Path) -> None:
-    plenty, sizes, error = _in_little_memory(tmp_path, 64, 0)
+@pytest.mark.parametrize("num_calls", [1, 2])
+def test_an_actor_that_runs_out_of_memory_halves_its_micro_batches_and_labels_every_image(
+    tmp_path: Path, num_calls: int
+) -> None:
+    ((plenty, sizes),), error = _in_little_memory(tmp_path, 64, 0)
     assert sizes == [64, 64], error
-    little, sizes, error = _in_little_memory(tmp_path, 64, 60 * 2**20)
-    assert sizes[0] < 64, error
-    assert "out of memory with 64 images per forward pass: going on with 32" in error
-    np.testing.assert_array_equal(little, plenty)
+    little, error = _in_little_memory(tmp_path, 64, 60 * 2**20, num_calls)
+    assert len(little) == num_calls, error
+    assert error.count("out of memory with 64 images per forward pass: going on with 32") == 1
+    for labels, sizes in little:
+        assert sizes[0] < 64
+        np.testing.assert_array_equal(labels, plenty)
 
 
 def test_a_model_whose_input_has_no_room_in_memory_says_so(found: Checkpoint) -> None:
@@ -432,6 +445,6 @@ def test_micro_batches_are_of_a_size_that_leaves_little_of_the_last_one_empty(
 
 
 def test_a_model_that_has_no_memory_for_one_image_says_so(tmp_path: Path) -> None:
-    _, _, error = _in_little_memory(tmp_path, 1, 2**20)
+    _, error = _in_little_memory(tmp_path, 1, 2**20)
     assert "ConfigError" in error
     assert "expected memory for one image of 224 px on this node, found too little" in error

@@ -7,7 +7,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import checkpoints
 import pytest
 import verifier
 from cluster import Head, Node, only, running_head, wait_until
-from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, label_undisturbed, watched
+from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, is_dead, label_undisturbed, watched
 from servers import S3Server, Storm
 from verifier import Place, Reader
 
@@ -59,20 +59,38 @@ def undisturbed(head: Head, source: Place, model: Path) -> Place:
     return label_undisturbed(head, source, model)
 
 
-@pytest.fixture
-def cluster(s3: S3Server) -> Iterator[Cluster]:
-    """Of its own for every test: what it lost is lost. Reads are slow, so that there is time to do harm."""
+@contextmanager
+def three_nodes(s3: S3Server) -> Iterator[Cluster]:
     with ExitStack() as stack:
         head = stack.enter_context(running_head({**os.environ, **s3.canary_environment()}, num_cpus=1))
-        nodes = [stack.enter_context(head.node()) for _ in range(2)]
-        s3.storm = Storm(0, {"GET": ["slow"]}, {"GET": 1}, max_per_path=1000)
-        yield Cluster(head, nodes)
-        s3.storm = None
+        yield Cluster(head, [stack.enter_context(head.node()) for _ in range(2)])
+
+
+@pytest.fixture
+def cluster(s3: S3Server, slow_reads: None) -> Iterator[Cluster]:
+    """For one test: what it lost is lost."""
+    with three_nodes(s3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def lasting_cluster(s3: S3Server) -> Iterator[Cluster]:
+    """For tests after which all its nodes are there."""
+    with three_nodes(s3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slow_reads(s3: S3Server) -> Iterator[None]:
+    """So that there is time to do harm."""
+    s3.storm = Storm(0, {"GET": ["slow"]}, {"GET": 1}, max_per_path=1000)
+    yield
+    s3.storm = None
 
 
 @pytest.fixture
 def kills(s3: S3Server, source: Place, undisturbed: Place, request: pytest.FixtureRequest) -> Kills:
-    output = Place(f"s3://nodes/{request.node.name}", s3.client)
+    output = Place(f"s3://{source.bucket}/{request.node.name}", s3.client)
     return Kills(s3, source, output, undisturbed)
 
 
@@ -152,10 +170,12 @@ def test_a_job_that_is_stopped_says_so_and_the_same_command_finishes_it(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("slow_reads")
 @pytest.mark.parametrize("title", [PREPARING, LABELING], ids=["worker", "actor"])
 def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
-    cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, title: str
+    lasting_cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, title: str
 ) -> None:
+    cluster = lasting_cluster
     # Of two actors, the other one would go on.
     flags = (*options(source, kills, model)[:-1], f"--gpu-actors={1 if title == LABELING else 2}")
     with (
@@ -163,7 +183,7 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         cluster.head.start_label_bucket(*flags, "--stall-timeout-s=20") as driver,
     ):
         kills.wait_for_work(driver.poll)
-        kills.kill("stopped", lambda: cluster.processes(title), driver, signal.SIGSTOP)
+        stopped = kills.kill("stopped", lambda: cluster.processes(title), driver, signal.SIGSTOP)
         assert driver.stderr is not None
         printed = []
         for line in driver.stderr:
@@ -173,6 +193,7 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         driver.wait(10)
     assert driver.returncode == 0, printed
     assert any("nothing moved for 20 s" in line and "begun again" in line for line in printed)
+    wait_until(lambda: is_dead(stopped))
 
 
 def _vm_bytes(pid: int) -> int:
@@ -198,7 +219,7 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
         preprocessor=checkpoints.PUBLISHED[3].preprocessor,
     )
     few = Place(f"{source.url}/00", s3.client)
-    plenty, little = (Place(f"s3://nodes/{name}-memory", s3.client) for name in ("plenty", "little"))
+    plenty, little = (Place(f"s3://{source.bucket}/{name}-memory", s3.client) for name in ("plenty", "little"))
     flags = ("--input", few.url, "--model", str(model), "--gpu-actors=1")
     with running_head({**os.environ, **s3.canary_environment()}) as head:
         needed_bytes = 0
@@ -217,9 +238,11 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
     assert findings + reader.findings + verifier.check_labels(little, few, model, 20) == []
 
 
+@pytest.mark.usefixtures("slow_reads")
 def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(
-    cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, tmp_path: Path
+    lasting_cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, tmp_path: Path
 ) -> None:
+    cluster = lasting_cluster
     moving = tmp_path / "model"
     shutil.copytree(model, moving)
     flags = (*options(source, kills, moving)[:-1], "--gpu-actors=1")  # of two, the other one may do all the rest

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import boto3
 import browser
 import images
 import nights
@@ -22,6 +21,7 @@ from browser import LAPTOP, PHONE
 from cluster import ROOT, Head
 from nights import Nights
 from PIL import Image
+from servers import S3Server
 from test_sheet import COLOURS, ODD, Page
 
 from pipeline import drift, log, past_runs, report, samples, storage
@@ -46,18 +46,15 @@ def show_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def labeled(head: Head) -> str:
+def labeled(head: Head, s3: S3Server) -> str:
     """The output of a run over 240 drawn pictures on S3, some broken, one of an odd name, one left out."""
-    client = boto3.client("s3")
-    for bucket in ("drawn", "told"):
-        client.create_bucket(Bucket=bucket)
-    draw = [sys.executable, "jobs/draw_images.py", "--output", "s3://drawn/in", "--num-images=240", "--seed=5"]
+    source, output = f"{s3.create_bucket('drawn')}/in", f"{s3.create_bucket('told')}/labels"
+    draw = [sys.executable, "jobs/draw_images.py", "--output", source, "--num-images=240", "--seed=5"]
     subprocess.run([*draw, "--broken-fraction=0.15"], cwd=ROOT, env=head.environment, check=True)
     picture = images.encode(images.texture(60, 40), "PNG")
     for key in (BAD_KEY, "left/out.png"):
-        client.put_object(Bucket="drawn", Key=f"in/{key}", Body=picture)
-    output = "s3://told/labels"
-    options = ("--input", "s3://drawn/in", "--output", output, "--model", "demo", "--exclude", "left/**")
+        s3.client.put_object(Bucket=source.split("/")[2], Key=f"in/{key}", Body=picture)
+    options = ("--input", source, "--output", output, "--model", "demo", "--exclude", "left/**")
     done = head.label_bucket(*options, "--max-failed-fraction=0.5", "--price-per-hour=3.6", "--gpu-actors=1")
     assert done.returncode == 0, done.stderr
     assert "report.html" not in done.stderr, "a warning"
@@ -104,7 +101,7 @@ def test_the_page_says_what_ran_how_fast_and_what_a_million_images_cost(labeled:
     cost = 3.6 / 3600 * told["points"][-1][0] / 241 * 1e6
     assert f"${cost:,.2f} while labeling, at $3.60 per hour" in text
     assert (
-        "label_bucket.py --input s3://drawn/in --output s3://told/labels --exclude 'left/**' --model demo"
+        f"label_bucket.py --input {told['config']['input']} --output {labeled} --exclude 'left/**' --model demo"
         " --gpu-actors 1 --max-failed-fraction 0.5 --price-per-hour 3.6"
     ) in text
     for value in (told["model_revision"], told["space_id"], told["versions"]["ray"], told["bottleneck"]["stage"]):

@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import boto3
 import browser
 import checkpoints
 import nights
@@ -18,6 +17,7 @@ from browser import LAPTOP
 from cluster import ROOT, Head
 from nights import DIM, Nights
 from PIL import Image
+from servers import S3Server
 
 from pipeline import index, schema, search, storage, view
 from pipeline.draw import draw_file
@@ -280,11 +280,12 @@ def test_the_page_shows_the_thumbnails_and_says_why_one_is_missing(gallery: Path
 
 
 @pytest.mark.slow
-def test_on_s3_an_unseen_picture_finds_its_class_and_nothing_that_went_in_the_second_night(head: Head) -> None:
-    client = boto3.client("s3")
-    for bucket in ("gallery", "search"):
-        client.create_bucket(Bucket=bucket)
-    source, output, place = "s3://gallery/in", "s3://search/labels", "s3://search/index-of-labels"
+def test_on_s3_an_unseen_picture_finds_its_class_and_nothing_that_went_in_the_second_night(
+    head: Head, s3: S3Server
+) -> None:
+    client, gallery, tables = s3.client, s3.create_bucket("gallery"), s3.create_bucket("search")
+    bucket = gallery.removeprefix("s3://")
+    source, output, place = f"{gallery}/in", f"{tables}/labels", f"{tables}/index-of-labels"
     draw = [sys.executable, str(ROOT / "jobs" / "draw_images.py"), "--output"]
     subprocess.run([*draw, source, f"--num-images={NUM_IMAGES}", "--seed=7"], env=head.environment, check=True)
     label = ("--input", source, "--output", output, "--model", "demo")
@@ -293,11 +294,11 @@ def test_on_s3_an_unseen_picture_finds_its_class_and_nothing_that_went_in_the_se
     assert "recall@10 " in build_index(BuildOptions(input=output, output=place))
 
     unseen = [draw_file(99, number) for number in range(20)]
-    client.put_object(Bucket="gallery", Key="unseen/picture", Body=unseen[0].data)
+    client.put_object(Bucket=bucket, Key="unseen/picture", Body=unseen[0].data)
     num_right = []
     for number, file in enumerate(unseen[:3]):
-        client.put_object(Bucket="gallery", Key=f"unseen/{number}", Body=file.data)
-        answers = search.search(Options(index=place, image=f"s3://gallery/unseen/{number}")).answers
+        client.put_object(Bucket=bucket, Key=f"unseen/{number}", Body=file.data)
+        answers = search.search(Options(index=place, image=f"{gallery}/unseen/{number}")).answers
         num_right.append(sum(each["uri"].split("/")[-2] == file.path.split("/")[0] for each in answers))
     assert min(num_right) >= 9
 
@@ -305,28 +306,28 @@ def test_on_s3_an_unseen_picture_finds_its_class_and_nothing_that_went_in_the_se
     all_uris = [uri for table in found.all_rows(["uri"]) for uri in table["uri"].to_pylist()]
     assert len(all_uris) == NUM_IMAGES
     deleted, overwritten, broken = all_uris[:40], all_uris[100:120], all_uris[200:210]
-    keys = {uri: uri.removeprefix("s3://gallery/") for uri in all_uris}
-    client.delete_objects(Bucket="gallery", Delete={"Objects": [{"Key": keys[uri]} for uri in deleted]})
+    keys = {uri: uri.removeprefix(f"{gallery}/") for uri in all_uris}
+    client.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": keys[uri]} for uri in deleted]})
     for number, uri in enumerate(overwritten):
-        client.put_object(Bucket="gallery", Key=keys[uri], Body=draw_file(77, number).data)
+        client.put_object(Bucket=bucket, Key=keys[uri], Body=draw_file(77, number).data)
     for uri in broken:
-        client.put_object(Bucket="gallery", Key=keys[uri], Body=b"\xff\xd8\xff\xe0 no picture follows")
+        client.put_object(Bucket=bucket, Key=keys[uri], Body=b"\xff\xd8\xff\xe0 no picture follows")
     for number, file in enumerate(unseen):
-        client.put_object(Bucket="gallery", Key=f"in/new/{number}", Body=file.data)
+        client.put_object(Bucket=bucket, Key=f"in/new/{number}", Body=file.data)
     second = head.label_bucket(*label)
     assert second.returncode == 0, second.stderr
     build_index(BuildOptions(input=output, output=place, update=True))
     updated = index.open_index(place)
     assert updated.info.base_version == found.info.version
     now = {uri for table in updated.all_rows(["uri"]) for uri in table["uri"].to_pylist()}
-    assert now == {*all_uris, *(f"s3://gallery/in/new/{number}" for number in range(20))} - {*deleted, *broken}
+    assert now == {*all_uris, *(f"{gallery}/in/new/{number}" for number in range(20))} - {*deleted, *broken}
     for uri in (*deleted, *broken):
         with pytest.raises(ConfigError, match="found none such"):
             updated.ordinal_of(uri)
     everything = updated.search(found.true_vectors([found.ordinal_of(uri) for uri in deleted[:3]]), len(now))
     assert all(set(updated.rows(row)["uri"].to_pylist()) == now for row in everything.ordinals_QK)
-    itself = search.search(Options(index=place, image="s3://gallery/in/new/0", k=1)).answers[0]
-    assert itself["uri"] == "s3://gallery/in/new/0"
+    itself = search.search(Options(index=place, image=f"{gallery}/in/new/0", k=1)).answers[0]
+    assert itself["uri"] == f"{gallery}/in/new/0"
     assert itself["score"] == pytest.approx(1, abs=1e-5)
     with Image.open(BytesIO(unseen[0].data)) as picture:
         assert (itself["width_px"], itself["height_px"]) == picture.size

@@ -37,11 +37,12 @@ API = (
 @pytest.fixture(scope="module")
 def source(s3: S3Server) -> Place:
     """A picture and a broken file under every odd key."""
-    s3.client.create_bucket(Bucket="odd")
-    place = Place("s3://odd/in", s3.client)
+    place = Place(f"{s3.create_bucket('odd')}/in", s3.client)
     for number, key in enumerate(ODD_KEYS):
-        s3.client.put_object(Bucket="odd", Key=f"in/{key}", Body=draw_file(9, number).data)
-        s3.client.put_object(Bucket="odd", Key=f"in/broken/{key}", Body=b"\xff\xd8\xff\xe0" + bytes([number]) * 40)
+        s3.client.put_object(Bucket=place.bucket, Key=f"in/{key}", Body=draw_file(9, number).data)
+        s3.client.put_object(
+            Bucket=place.bucket, Key=f"in/broken/{key}", Body=b"\xff\xd8\xff\xe0" + bytes([number]) * 40
+        )
     return place
 
 
@@ -58,7 +59,7 @@ class Job:
 def job(head: Head, s3: S3Server, source: Place, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """One over all odd keys."""
     model = checkpoints.write_small(tmp_path_factory.mktemp("model"))
-    place = Place("s3://odd/out", s3.client)
+    place = Place(f"s3://{source.bucket}/out", s3.client)
     command = ["python", "jobs/label_bucket.py", "--input", source.url, "--output", place.url, "--model", str(model)]
     with watched_command_lines() as seen:
         done = head.submit("--", *command, "--gpu-actors=1", "--log-level=DEBUG")
@@ -139,8 +140,8 @@ def test_a_secret_in_a_jobs_runtime_environment_would_be_found(head: Head) -> No
 def test_odd_keys_reach_the_tables_byte_for_byte(source: Place, job: Job) -> None:
     assert verifier.check(job.output, source, exit_code=0) == []
     labels, failures = (verifier.read_rows(job.output, table) for table in ("labels", "failures"))
-    assert {row["uri"] for row in labels} == {f"s3://odd/in/{key}" for key in ODD_KEYS}
-    assert {row["uri"] for row in failures} == {f"s3://odd/in/broken/{key}" for key in ODD_KEYS}
+    assert {row["uri"] for row in labels} == {f"{source.url}/{key}" for key in ODD_KEYS}
+    assert {row["uri"] for row in failures} == {f"{source.url}/broken/{key}" for key in ODD_KEYS}
     assert {"\n" in row["failure_message"] for row in failures} == {False}
 
 

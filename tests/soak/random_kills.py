@@ -68,13 +68,13 @@ def main() -> int:
 def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model: Path, seed: int) -> list[str]:
     """One output, begun and killed and begun again until it is published; the verifier's findings."""
     rng = random.Random(seed)
-    output = Place(f"s3://{BUCKET}/{seed}", s3.client)
+    output = Place(f"s3://{source.bucket}/{seed}", s3.client)
     options = ("--input", source.url, "--output", output.url, "--model", str(model), "--gpu-actors=1")
     storm = Storm(
         seed,
         {"GET": GET_KINDS, "PUT": PUT_KINDS},
         {"GET": rng.uniform(0, 0.1), "PUT": rng.uniform(0, 0.4)},
-        re.compile(f"/{BUCKET}/(in|{seed})/"),
+        re.compile(f"/{source.bucket}/(in|{seed})/"),
     )
     kills, kills_left, started_s = Kills(s3, source, output, undisturbed), rng.randint(1, MAX_KILLS), time.monotonic()
     s3.storm = storm
