@@ -130,6 +130,7 @@ class UnitSummary(NamedTuple):
     decode_s: float = 0
     """Of `prepare_s`: decoding and preprocessing; the rest is waiting for bytes."""
     label_s: float = 0
+    """Of an actor, and `label_wait_s`: every second of it in one of its units, though it may have several at once."""
     label_wait_s: float = 0
     """Its actor was idle before it."""
     label_queue_s: float = 0
@@ -368,8 +369,8 @@ class _Label:
     def __call__(self, packed: pa.Table) -> pa.Table:
         if isinstance(self._labeler, LabelBucketError):
             raise self._labeler
-        table, facts = unpack_unit(packed)
         with self._clock.call() as timings:
+            table, facts = unpack_unit(packed)
             queue_s = _seconds_since(facts.pop("prepared_at_s"))
             labeled = self._labeler(table)
         became = {

@@ -4,8 +4,8 @@ busy.
 A module of its own because it is what is compiled, and because nothing else depends on how transformers arranges a
 model. What differs from transformers' own forward pass, whose numbers these are (tests/test_model.py): pixels are
 normalized here, the three projections of an attention are one matrix product, there is never a mask, and on a GPU
-patches are multiplied instead of convolved. Of an H200's time for DeiT-small a mask that the compiler could not leave
-out was half, and the convolution a tenth (tests/benchmarks/gpu.md).
+patches are multiplied instead of convolved. Of an H200's time for DeiT-small, attention with a mask that the compiler
+could not leave out took more than half, and the convolution a tenth (tests/benchmarks/gpu.md).
 
 Shapes: B images, H = W = input size in px, C = 3 channels, N patches, F values of a patch, S special tokens, T = S + N
 tokens, D dimensions, E of them per head.
@@ -89,7 +89,8 @@ def multiplied_patches(projection: nn.Conv2d, pixels_BCHW: torch.Tensor) -> torc
     num_images, num_channels, height, width = pixels_BCHW.shape
     patch_height, patch_width = projection.kernel_size
     rows, columns = height // patch_height, width // patch_width
-    patches = pixels_BCHW.view(num_images, num_channels, rows, patch_height, columns, patch_width)
+    whole = pixels_BCHW[:, :, : rows * patch_height, : columns * patch_width]  # as a convolution leaves out the rest
+    patches = whole.reshape(num_images, num_channels, rows, patch_height, columns, patch_width)
     patches_BNF = patches.permute(0, 2, 4, 1, 3, 5).reshape(num_images, rows * columns, -1)
     return functional.linear(patches_BNF, projection.weight.flatten(1), projection.bias)
 

@@ -2,8 +2,8 @@
 
 Shapes: B images, H = W = input size in px, C = 3 channels, T tokens, D embedding dimensions, K labels, k of them kept.
 
-A module of its own because it is, with `encoder`, the only one that imports torch and transformers: 4 s and several
-hundred MB that only the actors should pay.
+A module of its own because it is the only one that imports transformers, and with `encoder` and `predictor` the only
+one that imports torch: 4 s and several hundred MB that only the actors should pay.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     DeiTForImageClassification,
@@ -151,7 +152,14 @@ def load(
         )
     if precision == "bf16":
         network.base_model.to(torch.bfloat16)
-    return Classifier.of(network, spec, pooling).eval().requires_grad_(False).to(device)
+    try:
+        classifier = Classifier.of(network, spec, pooling)
+    except AttributeError as error:
+        raise ConfigError(
+            f"transformers {transformers.__version__}: expected a model arranged as in 5.17 to 5.23, found {error};"
+            " install a version of these"
+        ) from error
+    return classifier.eval().requires_grad_(False).to(device)
 
 
 def predict(classifier: Classifier, pixels_BHWC: npt.NDArray[np.uint8], *, top_k: int) -> Prediction:

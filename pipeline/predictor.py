@@ -27,8 +27,8 @@ _NUM_TURNS = 4
 next one together."""
 _IMAGES_PER_COPY = 64
 _NUM_COPIERS = 4
-"""Threads that fill pinned memory, so many images each: one could not keep up with a GPU that labels 33,000 to 80,000
-images a second (tests/benchmarks/gpu.md)."""
+"""Threads that fill pinned memory, so many images each: beside an H200, whose forward pass alone does 33,000 to 80,000
+images of 224 px a second, one is not enough (tests/benchmarks/gpu.md)."""
 _NUM_TRIED = 8
 """Images of the forward pass that says how much memory one takes."""
 _OUT_OF_MEMORY = (
@@ -57,10 +57,10 @@ class Predictor:
         self._turns = queue.SimpleQueue[_Turn]()
         for _ in range(_NUM_TURNS):
             self._turns.put(_Turn(shape_BHWC, classifier.device))
-        self._fit(shape_BHWC)
+        self._set_size(shape_BHWC)
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
-        """The same weights behind the normalization of another preprocessing."""
+        """The same weights behind the normalization of another preprocessing, in micro-batches of the same size."""
         return Predictor(self.classifier.with_spec(spec), self.shape_BHWC, is_compiled=self._is_compiled)
 
     def __call__(self, images_NHWC: npt.NDArray[np.uint8], *, top_k: int) -> Iterator[tuple[slice, Prediction]]:
@@ -144,9 +144,9 @@ class Predictor:
                     f" {failure}; use nodes or devices with more, or fewer --gpu-actors"
                 )
             _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
-            self._fit((size // 2, *self.shape_BHWC[1:]))
+            self._set_size((size // 2, *self.shape_BHWC[1:]))
 
-    def _fit(self, shape_BHWC: tuple[int, int, int, int]) -> None:
+    def _set_size(self, shape_BHWC: tuple[int, int, int, int]) -> None:
         self.shape_BHWC = shape_BHWC
         self._forward: Forward = self.classifier  # and not a graph, which has memory, before the other one is there
         if self.classifier.device.type == "cuda":
@@ -188,22 +188,24 @@ def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
         with torch.inference_mode(), unlimited:
             classifier(given_BHWC)  # or what only the first pass does would be compiled, and compiled again without
             forward(given_BHWC)
-            return _as_graph(forward, given_BHWC) if given_BHWC.is_cuda else forward
     except Exception as error:  # noqa: BLE001  # of a compiler, whichever it is and whatever it lacks
-        if is_out_of_memory(error):
-            return classifier  # which will say so with its first images
         _log.warning("torch.compile: %s; going on without, which is slower", describe(error))
         return classifier
+    return _as_graph(forward, given_BHWC) if given_BHWC.is_cuda else forward
 
 
 def _as_graph(forward: Forward, given_BHWC: torch.Tensor) -> Forward:
-    """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of 7.7 that an H200 computes 256
-    images with DeiT-small.
+    """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of the 7.8 ms that 256 images
+    take on an H200 with DeiT-small. Itself, with a warning, where that fails.
     """
-    graph = torch.cuda.CUDAGraph()
-    # Other calls may be waiting for their copies meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = forward(given_BHWC)
+    try:
+        graph = torch.cuda.CUDAGraph()
+        # Other calls may be waiting for their copies meanwhile.
+        with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = forward(given_BHWC)
+    except Exception as error:  # noqa: BLE001  # of a driver, for whatever reason
+        _log.warning("CUDA graph: %s; going on without, which is slower", describe(error))
+        return forward
 
     def replay(pixels_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         given_BHWC.copy_(pixels_BHWC)

@@ -6,14 +6,16 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from cluster import Head, wait_until
 from kills import WAVE
 
-from pipeline import canary, catalog, checkpoint, dataset, decode, engine, parts, plan, schema, storage
+from pipeline import canary, catalog, checkpoint, dataset, decode, engine, label, parts, plan, schema, storage
 from pipeline.diff import Rules
 from pipeline.draw import draw_file
 from pipeline.errors import ConfigError, ConflictError, LabelBucketError
@@ -104,6 +106,26 @@ def test_one_unit_is_one_block_one_task_in_each_stage_and_one_part(
     output = storage.connect(task.output_url)
     assert parts.finished_units(output, "run", sealed.range_id) == {work.unit_id for work in _work(sealed)}
     assert sum(row["num_rows"] for row in rows) == 320
+
+
+def test_an_actor_that_is_given_two_units_at_once_as_on_a_gpu_labels_each_as_its_own(
+    driver: Head, planned: tuple[dataset.Task, plan.RangePlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, sealed = planned
+    work = _work(sealed)
+
+    def label_all(run_id: str) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
+        # Units of another run's plan: only where their parts go is asked of it.
+        rows = dataset.build(replace(task, run_id=run_id), _one_actor(), work).take_all()
+        paths = sorted((tmp_path / "out" / "_runs" / run_id / "parts").rglob("*.parquet"))
+        return rows, [pq.ParquetFile(path).read().to_pylist() for path in paths]
+
+    _, one_by_one = label_all("one-by-one")
+    monkeypatch.setitem(label.CALLS_PER_ACTOR, "cpu", 2)
+    rows, two_at_once = label_all("two-at-once")
+    assert len(one_by_one) == 5
+    assert two_at_once == one_by_one
+    assert any(row["label_wait_s"] == 0 for row in rows), "another unit was under way"
 
 
 def test_a_gpu_that_the_cluster_does_not_have_is_refused(driver: Head) -> None:

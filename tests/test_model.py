@@ -288,14 +288,16 @@ def test_cuda_where_there_is_none_is_an_error_and_not_a_fallback(folder: Path) -
         )
 
 
+@pytest.mark.parametrize("spare_px", [0, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_patches_are_the_same_multiplied_as_on_a_gpu_and_convolved_as_on_cpu(
-    tmp_path: Path, precision: model.Precision
+    tmp_path: Path, precision: model.Precision, spare_px: int
 ) -> None:
     found = checkpoint.resolve(str(checkpoints.write_small(tmp_path / "small")))
     spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
     projection = model.load(found, spec, pooling="none", device="cpu", precision=precision).embedding.projection
-    pixels = torch.randn(3, 3, found.input_px, found.input_px, dtype=projection.weight.dtype)
+    edge_px = found.input_px + spare_px
+    pixels = torch.randn(3, 3, edge_px, edge_px, dtype=projection.weight.dtype)
     convolved, multiplied = (
         embed(projection, pixels) for embed in (encoder.convolved_patches, encoder.multiplied_patches)
     )

@@ -193,6 +193,7 @@ def test_a_process_that_stops_for_ever_is_replaced_after_the_stall_timeout(
         driver.wait(10)
     assert driver.returncode == 0, printed
     assert any("nothing moved for 20 s" in line and "begun again" in line for line in printed)
+    os.kill(stopped, signal.SIGKILL)  # the engine lets it be, and the processor that it has
     wait_until(lambda: is_dead(stopped))
 
 

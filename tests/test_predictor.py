@@ -20,7 +20,7 @@ from pipeline.picture import Recipe, make_picture
 from pipeline.preprocess import spec_from_config
 
 NUM_IMAGES = 23
-"""Six micro-batches of four, of which two take turns; the last is not full."""
+"""Six micro-batches of four, which take turns; the last is not full."""
 BATCH_SIZE = 4
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WAYS = [
@@ -147,6 +147,35 @@ def test_calls_at_once_get_the_answers_to_their_own_images(
     with ThreadPoolExecutor(3) as threads:
         at_once = list(threads.map(lambda order: vectors(images[order]), orders))
     np.testing.assert_array_equal(at_once, one_after_another)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+@pytest.mark.parametrize(
+    ("device", "is_compiled"),
+    [pytest.param("cpu", False, id="cpu"), pytest.param("cuda", True, id="cuda-compiled", marks=ON_GPU)],
+)
+def test_a_call_that_filled_a_micro_batch_before_another_one_halved_them_fills_it_again(
+    found: checkpoint.Checkpoint,
+    images: npt.NDArray[np.uint8],
+    plain: model.Prediction,
+    device: str,
+    is_compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision="fp32")
+    shape = (2 * BATCH_SIZE, found.input_px, found.input_px, 3)
+    predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
+    fill = predict._fill
+
+    def fill_and_halve(turn: predictor._Turn, given: npt.NDArray[np.uint8]) -> None:
+        fill(turn, given)
+        predict._halve(2 * BATCH_SIZE, "out of memory elsewhere")
+
+    monkeypatch.setattr(predict, "_fill", fill_and_halve)
+    rows = [(each, len(images[batch])) for batch, each in predict(images, top_k=5)]
+    assert [number for _, number in rows] == [4, 4, 4, 4, 4, 3]
+    ids = np.concatenate([each.label_ids_Bk[:number] for each, number in rows])
+    np.testing.assert_array_equal(ids, plain.label_ids_Bk)
 
 
 @pytest.mark.slow
