@@ -130,7 +130,7 @@ class UnitSummary(NamedTuple):
     decode_s: float = 0
     """Of `prepare_s`: decoding and preprocessing; the rest is waiting for bytes."""
     label_s: float = 0
-    """Of an actor, and `label_wait_s`: every second of it in one of its units, though it may have several at once."""
+    """Work of its actor. Of several units at once, a second counts to one of them."""
     label_wait_s: float = 0
     """Its actor was idle before it."""
     label_queue_s: float = 0

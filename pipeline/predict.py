@@ -9,6 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +21,7 @@ import ray
 from pipeline import capability, dataset, fetch, outcomes, plan, storage
 from pipeline.dataset import Resources, Task
 from pipeline.errors import FailureKind
-from pipeline.label import DEFAULT_BATCH_SIZE, Device
+from pipeline.label import CALLS_PER_ACTOR, DEFAULT_BATCH_SIZE, Device
 from pipeline.meter import clock_text
 from pipeline.plan import Plan
 from pipeline.prepare import prepare_unit
@@ -32,8 +33,8 @@ PREPARE_BUDGET_S = 6.0
 """Time for the sample in one prepare task: of large images, only so many are looked at."""
 MODEL_BUDGET_S = 5.0
 """Likewise in one actor."""
-MIN_BATCHES = 4
-"""Micro-batches to time, the images once more where there are fewer: on a GPU a hundred images are not one."""
+MIN_ROUNDS = 4
+"""Micro-batches to time, on a GPU as many units as it is given at once; the images once more where there are fewer."""
 STARTS_PER_WAVE = 2.5
 """How much longer a wave starts than one actor alone: first a process of its own, then all actors at once, on cores on
 which workers and decoders start, too. 10 s against 3.7 on two cores."""
@@ -55,7 +56,7 @@ class Labeled(NamedTuple):
     """What one actor did with it."""
 
     num_images: int
-    """Full micro-batches only; an image may count more than once."""
+    """An image may count more than once."""
     label_s: float
     failures: dict[str, int]
     """Images, each once, for which the model gave no finite numbers."""
@@ -244,17 +245,22 @@ class _Model:
         num_images, label_s, failures = 0, 0.0, Counter[str]()
         if not len(images):
             return Labeled(0, 0.0, {})
-        batch_size = self._task.batch_size or DEFAULT_BATCH_SIZE[self._device]
-        for number in itertools.count():
-            if label_s > MODEL_BUDGET_S or (number >= MIN_BATCHES and num_images >= len(images)):
-                return Labeled(num_images, label_s, dict(failures))
-            batch = images.take((num_images + np.arange(batch_size)) % len(images))
-            started_s = time.perf_counter()
-            kinds = self._labeler(batch)["failure_kind"]
-            label_s += time.perf_counter() - started_s
-            failures.update(kinds[: max(0, len(images) - num_images)].drop_null().to_pylist())
-            num_images += batch_size
-        raise AssertionError("unreachable")
+        num_calls, num_rows = CALLS_PER_ACTOR[self._device], self._task.batch_size or DEFAULT_BATCH_SIZE[self._device]
+        if self._device == "cuda":  # which waits between calls
+            num_rows = plan.UnitSizes.of(self._task.recipe.spec.input_px, 2).max_unit_rows
+        with ThreadPoolExecutor(num_calls) as threads:
+            for number in itertools.count():
+                if label_s > MODEL_BUDGET_S or (number >= MIN_ROUNDS and num_images >= len(images)):
+                    break
+                starts = num_images + num_rows * np.arange(num_calls)
+                units = [images.take((start + np.arange(num_rows)) % len(images)) for start in starts]
+                started_s = time.perf_counter()
+                labeled = list(threads.map(self._labeler, units))
+                label_s += time.perf_counter() - started_s
+                for start, unit in zip(starts, labeled, strict=True):
+                    failures.update(unit["failure_kind"][: max(0, len(images) - start)].drop_null().to_pylist())
+                num_images += num_rows * num_calls
+        return Labeled(num_images, label_s, dict(failures))
 
 
 # --- what the operator sees ---------------------------------------------------------------------------------------
