@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from servers import Fault, Kind, S3Server, Storm, put_quickly
+from test_log import claim, entry_of
 from test_plan import Place as CatalogPlace
 from test_plan import row
 
-from pipeline import fetch, plan, storage, store
+from pipeline import fetch, log, parts, plan, storage, store
 from pipeline.catalog import KeyRange
 from pipeline.diff import Rules
-from pipeline.errors import SourceError, UnavailableError
+from pipeline.errors import ConflictError, SourceError, UnavailableError
 from pipeline.listing import Scope
 from pipeline.storage import ObjectInfo
 
@@ -149,6 +150,60 @@ def test_an_object_that_a_stale_page_lacks_is_never_recorded_as_deleted(
         hits += storm.num_hits["LIST", "stale_page"]
     assert set(ended) == {"100 unchanged, 0 deleted"}
     assert hits >= MIN_HITS
+
+
+@pytest.mark.parametrize("kind", ["repeated_page", "dropped_token", "stale_page"])
+def test_a_faulty_listing_of_an_output_is_refused_or_shows_what_was_there_and_never_more(
+    weather: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(store, "PAGE_OBJECTS", 3)
+    output = storage.connect(bucket)
+    for night in range(1, 5):
+        log.commit(output, entry_of(claim(output, run_date=f"2026-11-{night:02d}")))
+    finished = {f"unit-{number:02d}" for number in range(20)}
+    for unit_id in finished:
+        output.put_if_absent(parts.part_key("run", "00000", unit_id), unit_id.encode())
+    ended: Counter[str] = Counter()
+    hits = 0
+    for seed in range(30):
+        weather.storm = storm = Storm(seed, {"LIST": [kind]}, {"LIST": 0.15}, max_per_path=1)
+        try:
+            found = parts.finished_units(output, "run", "00000")
+            assert found <= finished, "a unit would be left out"
+            ended["all units" if found == finished else "fewer units"] += 1
+        except SourceError:
+            ended["units refused"] += 1
+        try:
+            places = [entry.run_seq for entry in log.read(output).entries]
+            assert places in ([1, 2, 3, 4], [1, 2, 3])
+            ended[f"{len(places)} nights"] += 1
+        except (ConflictError, SourceError):
+            ended["nights refused"] += 1
+        hits += storm.num_hits["LIST", kind]
+    assert hits >= MIN_HITS
+    assert ended["all units"] > 0
+    assert ended["4 nights"] > 0
+    if kind != "stale_page":
+        assert ended["fewer units"] == ended["3 nights"] == 0
+
+
+def test_who_does_not_see_the_newest_commit_replaces_nothing(
+    s3: S3Server, bucket: str, faults: list[Fault], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = storage.connect(bucket)
+    for night in range(1, 3):
+        log.commit(output, entry_of(claim(output, run_date=f"2026-11-{night:02d}")))
+    committed = output.get("_log/00000002.json")
+    faults.append(Fault.always("stale_page", "GET", bucket.removeprefix("s3:/")))
+    stale = log.read(output)
+    assert stale.newest_seq == 1
+    assert stale.open_claim is not None, "the claim of the commit that is not seen"
+    with pytest.raises(ConflictError, match="has an open run"):
+        claim(output, limit=5)
+    with pytest.raises(ConflictError, match=r"expected .*, found run .* committed"):
+        log.commit(output, log.abandoned(stale.open_claim, "t3"))
+    log.commit(output, entry_of(stale.open_claim))  # as the same command does, which finds all units done
+    assert output.get("_log/00000002.json") == committed
 
 
 @pytest.mark.slow
