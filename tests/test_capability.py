@@ -124,7 +124,7 @@ def test_a_run_on_a_store_that_ignores_conditional_creation_claims_nothing_unles
     head: Head, s3: S3Server, faults: list[Fault], tmp_path: Path
 ) -> None:
     source = fill_with_pictures(s3, "unconditional", 100, seed=13)
-    output = Place("s3://unconditional/out", s3.client)
+    output = Place(f"s3://{source.bucket}/out", s3.client)
     model = str(checkpoints.write_small(tmp_path / "model"))
     options = ("--input", source.url, "--output", output.url, "--model", model, "--gpu-actors=1")
     faults.append(Fault.always("unconditional", "PUT", ""))

@@ -124,7 +124,7 @@ class SecondNight(NamedTuple):
 @pytest.fixture(scope="module")
 def second_night(head: Head, s3: S3Server, model: str) -> SecondNight:
     source = fill_with_pictures(s3, "second-night", 100, seed=5)
-    before = _copied(label_undisturbed(head, source, Path(model)), "s3://second-night/before")
+    before = _copied(label_undisturbed(head, source, Path(model)), f"s3://{source.bucket}/before")
     gone, other, broken = sorted(source.etags())[10::30][:3]
     s3.client.delete_object(Bucket=source.bucket, Key=source.prefix + gone)
     put_quickly(
@@ -139,7 +139,7 @@ def test_a_driver_killed_while_it_publishes_a_second_night_is_resumed_to_identic
     head: Head, s3: S3Server, model: str, second_night: SecondNight, point: str
 ) -> None:
     source, before, undisturbed = second_night
-    output = _copied(before, f"s3://second-night/{point.replace(':', '-')}")
+    output = _copied(before, f"s3://{source.bucket}/{point.replace(':', '-')}")
     options = ("--input", source.url, "--output", output.url, "--model", model, "--gpu-actors=1")
     killed = head.label_bucket(*options, crash_at=point)
     assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
