@@ -27,8 +27,8 @@ _NUM_TURNS = 4
 next one together."""
 _IMAGES_PER_COPY = 64
 _NUM_COPIERS = 4
-"""Threads that fill pinned memory, so many images each: beside an H200, whose forward pass alone does 33,000 to 80,000
-images of 224 px a second, one is not enough (tests/benchmarks/gpu.md)."""
+"""Threads that fill pinned memory, so many images each, for a device whose forward pass alone does 33,000 to 80,000
+images of 224 px a second. Fewer have not been measured (tests/benchmarks/gpu.md)."""
 _NUM_TRIED = 8
 """Images of the forward pass that says how much memory one takes."""
 _OUT_OF_MEMORY = (

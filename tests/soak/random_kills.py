@@ -28,7 +28,6 @@ from servers import S3Server, Storm, serve_s3  # noqa: E402
 from test_faults import GET_KINDS, PUT_KINDS  # noqa: E402
 from verifier import Place, Reader  # noqa: E402
 
-BUCKET = "soak"
 TITLES = {"worker": PREPARING, "actor": LABELING, "wave": WAVE}
 MAX_KILLS = 10
 MAX_PAUSE_S = 8.0
@@ -51,7 +50,7 @@ def main() -> int:
         serve_s3() as s3,
         running_head({**os.environ, **s3.canary_environment()}) as head,
     ):
-        source = fill_with_pictures(s3, BUCKET, arguments.images, seed=11)
+        source = fill_with_pictures(s3, "soak", arguments.images, seed=11)
         model = checkpoints.write_small(Path(folder) / "model")
         undisturbed = label_undisturbed(head, source, model)
         while True:
