@@ -187,7 +187,7 @@ class Config(BaseSettings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the forward pass. auto: bf16 on GPUs, fp32 on CPUs; files always hold float32."""
     batch_size: int | None = Field(default=None, ge=1, le=1024)
-    """Images per forward pass, 1 to 1024. Unset: up to 256 on GPUs, by their memory, 8 on CPUs."""
+    """Images per forward pass, 1 to 1024. Unset: up to 512 on GPUs, by their memory, 8 on CPUs."""
     gpu_actors: int | None = Field(default=None, ge=1)
     """Model replicas, one GPU each. Unset: every GPU the cluster has; without GPUs, CPU replicas by its CPUs."""
 

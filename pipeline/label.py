@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
-DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 8, "cuda": 256}
-"""Images per forward pass; on a GPU fewer where its memory asks for it. On CPU those whose activations stay in the
+DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 8, "cuda": 512}
+"""Images per forward pass. On a GPU, fewer where its memory asks for it: with 256 the actor of DeiT-tiny has 89 % of
+what the model alone has, with 512 it has 98 % (tests/benchmarks/gpu.md). On CPU those whose activations stay in the
 cache: a fifth faster than 32 for DeiT-tiny, an eighth for DeiT-small (tests/benchmarks/cpu_forward.md)."""
 CALLS_PER_ACTOR: dict[Device, int] = {"cpu": 1, "cuda": 2}
 """Units that an actor is given at once: on a GPU two, so that it has the first images of one while the other's results
@@ -98,6 +99,11 @@ class Labeler:
         self._top_k = top_k
         self._embedding_dim = None if pooling == "none" else found.embedding_dim
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the forward pass is compiled, and not only meant to be."""
+        return self._predict.is_compiled
+
     def with_spec(self, spec: checkpoint.PreprocessSpec) -> "Labeler":
         """The same model, which is in memory once, for units of another preprocessing."""
         if spec.input_px != self._spec.input_px:
@@ -157,7 +163,7 @@ class Labeler:
 
 def even_batch_size(most: int, num_rows: int) -> int:
     """The smallest multiple of 8, at most `most`, that is through with a unit of so many rows in as few passes: of 361
-    rows (384 px) two passes of 184, as 256 would compute 151 rows of nothing.
+    rows (384 px) one pass of 368, as 512 would compute 151 rows of nothing.
     """
     num_passes = -(-num_rows // most)
     return min(most, -(-num_rows // num_passes // 8) * 8)

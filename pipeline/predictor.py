@@ -49,7 +49,7 @@ class Predictor:
     """
 
     def __init__(self, classifier: Classifier, shape_BHWC: tuple[int, int, int, int], *, is_compiled: bool) -> None:
-        self.classifier, self._is_compiled = classifier, is_compiled
+        self.classifier, self._compiles = classifier, is_compiled
         self._device_module: Any = torch.get_device_module(classifier.device)
         self._copying = self._device_module.Stream()
         self._launching = threading.Lock()
@@ -61,7 +61,12 @@ class Predictor:
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
         """The same weights behind the normalization of another preprocessing, in micro-batches of the same size."""
-        return Predictor(self.classifier.with_spec(spec), self.shape_BHWC, is_compiled=self._is_compiled)
+        return Predictor(self.classifier.with_spec(spec), self.shape_BHWC, is_compiled=self._compiles)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether what computes is compiled, and not only meant to be."""
+        return self._forward is not self.classifier
 
     def __call__(self, images_NHWC: npt.NDArray[np.uint8], *, top_k: int) -> Iterator[tuple[slice, Prediction]]:
         """Micro-batch by micro-batch: which of the images, uint8 (N, H, W, 3), and their prediction, of whose rows only
@@ -151,7 +156,7 @@ class Predictor:
         self._forward: Forward = self.classifier  # and not a graph, which has memory, before the other one is there
         if self.classifier.device.type == "cuda":
             torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
-        if self._is_compiled:
+        if self._compiles:
             self._forward = compiled(self.classifier, shape_BHWC)
 
 

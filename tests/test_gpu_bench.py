@@ -40,6 +40,7 @@ def test_every_figure_is_there_and_positive(written: tuple[dict[str, Any], str])
     needs_gpu = {"copy_images_per_s", "hidden_share_of_copy", "ray_images_per_s"}
     assert {name for name, value in shape.items() if value is None} == needs_gpu
     assert not shape.pop("is_ceiling_compiled")
+    assert not shape.pop("is_actor_compiled")
     assert all(value > 0 for name, value in shape.items() if name not in needs_gpu)
     assert shape["actor_share_of_ceiling"] == pytest.approx(shape["actor_images_per_s"] / shape["ceiling_images_per_s"])
 

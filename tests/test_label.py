@@ -436,7 +436,8 @@ def test_a_model_whose_input_has_no_room_in_memory_says_so(found: Checkpoint) ->
 
 
 @pytest.mark.parametrize(
-    ("most", "num_rows", "expected"), [(256, 361, 184), (256, 1024, 256), (8, 1024, 8), (8, 361, 8), (100, 361, 96)]
+    ("most", "num_rows", "expected"),
+    [(512, 361, 368), (256, 361, 184), (512, 1024, 512), (8, 1024, 8), (8, 361, 8), (100, 361, 96)],
 )
 def test_micro_batches_are_of_a_size_that_leaves_little_of_the_last_one_empty(
     most: int, num_rows: int, expected: int

@@ -65,6 +65,7 @@ def _predicted(
     classifier = model.load(found, _spec(found), pooling="pooled", device=device, precision=precision)
     shape = (BATCH_SIZE, found.input_px, found.input_px, 3)
     predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
+    assert predict.is_compiled == is_compiled
     rows = [(each, len(images[batch])) for batch, each in predict(images, top_k=5)]
     assert [number for _, number in rows] == [4, 4, 4, 4, 4, 3]
     vectors = [each.embedding_BD[:number] for each, number in rows if each.embedding_BD is not None]
@@ -203,6 +204,7 @@ classifier = model.load(found, spec, pooling="pooled", device="cpu", precision="
 predict = predictor.Predictor(classifier, (1, found.input_px, found.input_px, 3), is_compiled=True)
 images = np.zeros((1, found.input_px, found.input_px, 3), np.uint8)
 ((_, prediction),) = predict(images, top_k=5)
+assert not predict.is_compiled
 assert (prediction.label_ids_Bk == model.predict(classifier, images, top_k=5).label_ids_Bk).all()
 """
 

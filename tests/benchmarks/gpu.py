@@ -75,6 +75,7 @@ class Figures:
     ceiling_batch_size: int
     is_ceiling_compiled: bool
     actor_images_per_s: float
+    is_actor_compiled: bool
     actor_share_of_ceiling: float
     tflop_per_s: float
     share_of_matrix_product: float
@@ -161,7 +162,7 @@ def _measure(
         gflop = gflop_per_image(shape, len(found.label_names))
         ceiling, batch_size, is_compiled = _ceiling(options, found, spec, precision)
         copy_images_per_s, hidden = _overlap(options, found, spec, precision, batch_size)
-        actor = _actor(options, found, spec)
+        actor, is_actor_compiled = _actor(options, found, spec)
         torch.cuda.empty_cache()  # of which the job below measures what is free
         decode = _decode_per_core(photos, spec, options.seconds, pool)
         by_ray = _by_ray(options, folder, photos, Path(temporary)) if options.ray_images else None
@@ -172,6 +173,7 @@ def _measure(
         ceiling_batch_size=batch_size,
         is_ceiling_compiled=is_compiled,
         actor_images_per_s=actor,
+        is_actor_compiled=is_actor_compiled,
         actor_share_of_ceiling=actor / ceiling,
         tflop_per_s=ceiling * gflop / 1e3,
         share_of_matrix_product=ceiling * gflop * 1e9 / product_flop_per_s,
@@ -264,8 +266,8 @@ def _overlap(
     return batch_size / copy_s, (copy_s + compute_s - both_s) / min(copy_s, compute_s)
 
 
-def _actor(options: argparse.Namespace, found: Checkpoint, spec: PreprocessSpec) -> float:
-    """Images per second of the actor on units in host memory."""
+def _actor(options: argparse.Namespace, found: Checkpoint, spec: PreprocessSpec) -> tuple[float, bool]:
+    """Images per second of the actor on units in host memory, and whether it computes compiled."""
     labeler = Labeler(
         model=found.source,
         revision=found.revision,
@@ -297,7 +299,7 @@ def _actor(options: argparse.Namespace, found: Checkpoint, spec: PreprocessSpec)
     with ThreadPoolExecutor(num_calls) as threads:
         started_s = time.perf_counter()
         num_units = sum(threads.map(label_for, units))
-        return num_images * num_units / (time.perf_counter() - started_s)
+        return num_images * num_units / (time.perf_counter() - started_s), labeler.is_compiled
 
 
 def _pixels(num_images: int, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
@@ -385,11 +387,11 @@ def _note(facts: dict[str, Any], found: list[Figures]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for each in found:
-        how = f"{each.ceiling_batch_size} at once, {'compiled' if each.is_ceiling_compiled else 'eager'}"
+        how = f"{each.ceiling_batch_size} at once, {_compiled_or_eager(each.is_ceiling_compiled)}"
         cells = [
             each.name,
             f"{each.ceiling_images_per_s:,.0f} ({how})",
-            f"{each.actor_images_per_s:,.0f}",
+            f"{each.actor_images_per_s:,.0f} ({_compiled_or_eager(each.is_actor_compiled)})",
             f"{each.actor_share_of_ceiling:.0%}",
             f"{each.tflop_per_s:.2f}",
             f"{each.share_of_matrix_product:.0%}",
@@ -401,6 +403,10 @@ def _note(facts: dict[str, Any], found: list[Figures]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _compiled_or_eager(is_compiled: bool) -> str:
+    return "compiled" if is_compiled else "eager"
 
 
 def _public(arguments: list[str]) -> list[str]:
