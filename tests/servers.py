@@ -45,6 +45,7 @@ _CODES = {
     409: "ConditionalRequestConflict",
     429: "TooManyRequests",
     500: "InternalError",
+    501: "NotImplemented",
     503: "SlowDown",
 }
 S3_URL = "TEST_S3_URL"

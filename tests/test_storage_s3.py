@@ -334,6 +334,13 @@ def test_a_deletion_is_asked_for_again_after_a_fault(s3: S3Server, bucket: str, 
     assert keys(storage.connect(bucket)) == []
 
 
+def test_what_a_store_does_not_implement_is_asked_for_once(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
+    faults.append(missing := Fault.always(501, "PUT", "/commit"))
+    with pytest.raises(SourceError, match=r"create .*/commit: refused \(501 NotImplemented\)"):
+        storage.connect(bucket).put_if_absent("commit", b"data")
+    assert missing.num_hits == 1
+
+
 def test_a_deletion_that_is_refused_is_forbidden(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
     _put(s3, bucket, "one", b"x")
     faults.append(Fault(403, "POST", f"/{bucket[5:]}"))
