@@ -28,15 +28,16 @@ MODEL_WAITS_SHARE = 0.2
 """The model's actors may wait so much of their time and still be the limit: units come in gusts."""
 ACTORS_THERE_SHARE = 0.5
 """Of the time, in which the actors label or wait: with less, they were starting for most of it."""
-PREPARE_BUSY_SHARE = 0.5
-"""With fewer of their slots taken, prepare tasks are not the limit either: workers and models are being started, or
-there is less work than machine."""
-Stage = Literal["starting", "model", "decoding", "storage"]
+BUSY_SHARE = 0.5
+"""With fewer of their slots taken, neither prepare nor commit tasks are the limit: workers and models are being
+started, or there is less work than machine."""
+Stage = Literal["starting", "model", "decoding", "storage", "writing"]
 ADVICE: dict[Stage, str] = {
     "starting": "most of the time workers and models were starting: larger runs are faster per image",
     "model": "the model is the limit: more GPUs, or without any more CPU nodes, shorten the run",
     "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
     "storage": "storage is the limit: more CPU nodes read more at once; look at region, endpoint and network",
+    "writing": "writing parts is the limit: look at the output's region, endpoint and request limits",
 }
 _STAGE_S = ("prepare_s", "decode_s", "label_s", "label_wait_s", "label_queue_s", "commit_queue_s", "commit_s")
 MAX_POINTS = 200
@@ -56,6 +57,8 @@ class Bottleneck:
     """Of the actors' time: waiting for input."""
     prepare_busy_share: float
     """Of the time of all slots for prepare tasks: one in it. Low where these wait until the model takes more."""
+    commit_busy_share: float
+    """Of the time of all slots for commit tasks: one in it."""
     storage_wait_share: float
     """Of the prepare tasks' time: neither decoding nor resizing, so waiting for bytes."""
     storage_bytes_per_s: float
@@ -65,34 +68,43 @@ class Bottleneck:
 
     @classmethod
     def of(
-        cls, stage_s: Mapping[str, float], fetched_bytes: int, elapsed_s: float, max_prepares: int, num_actors: int
+        cls,
+        stage_s: Mapping[str, float],
+        fetched_bytes: int,
+        elapsed_s: float,
+        *,
+        max_prepares: int,
+        max_commits: int,
+        num_actors: int,
     ) -> "Bottleneck":
         """From seconds summed over workers (`Report.stage_s`) of an attempt that has taken `elapsed_s`."""
         actors_s = stage_s.get("label_s", 0) + stage_s.get("label_wait_s", 0)
         prepare_s = stage_s.get("prepare_s", 0)
         model_wait = stage_s.get("label_wait_s", 0) / actors_s if actors_s else 1.0
-        busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
+        prepare_busy = min(1.0, prepare_s / (elapsed_s * max_prepares))
+        commit_busy = min(1.0, stage_s.get("commit_s", 0) / (elapsed_s * max_commits))
         storage_wait = 1 - stage_s.get("decode_s", 0) / prepare_s if prepare_s else 0.0
         stage: Stage
         if actors_s < ACTORS_THERE_SHARE * elapsed_s * num_actors:
             stage = "starting"
         elif model_wait <= MODEL_WAITS_SHARE:
             stage = "model"
-        elif busy < PREPARE_BUSY_SHARE:
-            stage = "starting"
+        elif prepare_busy < BUSY_SHARE:
+            stage = "writing" if commit_busy >= BUSY_SHARE else "starting"
         else:
             stage = "storage" if storage_wait > 0.5 else "decoding"
         return cls(
             stage=stage,
             model_wait_share=round(model_wait, 3),
-            prepare_busy_share=round(busy, 3),
+            prepare_busy_share=round(prepare_busy, 3),
+            commit_busy_share=round(commit_busy, 3),
             storage_wait_share=round(storage_wait, 3),
             storage_bytes_per_s=round(fetched_bytes / elapsed_s),
             advice=ADVICE[stage],
         )
 
     def text(self) -> str:
-        """`limit: decoding (model waits 71 %, storage 12 % of prepare, 41.3 MB/s): more CPU cores …`."""
+        """`limit: decoding (model waits 71%, storage 12% of preparing, 41.3 MB/s)`."""
         shares = (
             f"model waits {self.model_wait_share:.0%}, storage {self.storage_wait_share:.0%} of preparing,"
             f" {self.storage_bytes_per_s / 1e6:,.1f} MB/s"
@@ -106,9 +118,10 @@ class Progress:
     def __init__(
         self,
         num_images: int,
-        max_prepares: int,
-        num_actors: int,
         *,
+        max_prepares: int,
+        max_commits: int,
+        num_actors: int,
         stream: TextIO = sys.stderr,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -121,7 +134,7 @@ class Progress:
         self.retries: Counter[str] = Counter()
         self.stage_s: Counter[str] = Counter()
         self._num_skipped = 0
-        self._max_prepares, self._num_actors = max_prepares, num_actors
+        self._max_prepares, self._max_commits, self._num_actors = max_prepares, max_commits, num_actors
         self._clock_s = clock_s
         self._started_s = self._next_line_s = clock_s()
         self._points: list[tuple[float, int]] = []
@@ -187,15 +200,24 @@ class Progress:
         return (self.num_images - self.num_done) / self.images_per_s if self.images_per_s else 0.0
 
     def line(self) -> str:
-        """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, …`."""
+        """`1,024/3,000 images, 210 images/s, 3 failed (2 truncated, 1 empty), ETA 0:00:09, limit: …: more CPU …`."""
+        found = self.bottleneck()
+        _, _, knob = found.advice.partition(": ")
         return (
             f"{self.num_done:,}/{self.num_images:,} images, {self.images_per_s:,.0f} images/s, {self._failures_text()},"
-            f" ETA {clock_text(self.eta_s)}, {self.bottleneck().text()}"
+            f" ETA {clock_text(self.eta_s)}, {found.text()}: {knob}"
         )
 
     def bottleneck(self) -> "Bottleneck":
         """What limits this attempt so far."""
-        return Bottleneck.of(self.stage_s, self.fetched_bytes, self._elapsed_s, self._max_prepares, self._num_actors)
+        return Bottleneck.of(
+            self.stage_s,
+            self.fetched_bytes,
+            self._elapsed_s,
+            max_prepares=self._max_prepares,
+            max_commits=self._max_commits,
+            num_actors=self._num_actors,
+        )
 
     @property
     def _elapsed_s(self) -> float:

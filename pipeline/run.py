@@ -257,7 +257,12 @@ def _label(
     reference: canary.Vectors,
 ) -> None:
     """Give every unit that has none its part."""
-    progress = Progress(sealed.counts["planned"], resources.max_prepares, resources.num_actors)
+    progress = Progress(
+        sealed.counts["planned"],
+        max_prepares=resources.max_prepares,
+        max_commits=resources.max_commits,
+        num_actors=resources.num_actors,
+    )
     work = _unfinished(request.output, sealed, progress)
     first = next(work, None)
     if progress.num_done:

@@ -45,9 +45,12 @@ class Clock:
         return self.now_s
 
 
+SLOTS = {"max_prepares": 2, "max_commits": 2, "num_actors": 1}
+
+
 def bottleneck(**changes: float) -> Bottleneck:
     seconds = {"prepare_s": 20.0, "decode_s": 18.0, "label_s": 1.0, "label_wait_s": 9.0, **changes}
-    return Bottleneck.of(seconds, 50_000_000, elapsed_s=10, max_prepares=2, num_actors=1)
+    return Bottleneck.of(seconds, 50_000_000, elapsed_s=10, **SLOTS)
 
 
 def test_a_model_that_waits_for_busy_decoders_is_limited_by_decoding() -> None:
@@ -72,13 +75,19 @@ def test_where_neither_is_busy_workers_are_still_starting() -> None:
     assert bottleneck(prepare_s=1.0, decode_s=1.0).stage == "starting"
     # The actors came late, and had no time to wait for anything.
     assert bottleneck(label_s=2.0, label_wait_s=0.1, prepare_s=5.0).stage == "starting"
-    assert Bottleneck.of({}, 0, elapsed_s=1e-9, max_prepares=1, num_actors=1).stage == "starting"
+    assert Bottleneck.of({}, 0, elapsed_s=1e-9, max_prepares=1, max_commits=1, num_actors=1).stage == "starting"
+
+
+def test_parts_that_wait_for_their_store_are_limited_by_writing() -> None:
+    found = bottleneck(prepare_s=5.0, decode_s=4.0, commit_s=15.0)
+    assert (found.stage, found.commit_busy_share) == ("writing", 0.75)
+    assert "the output's region" in found.advice
 
 
 def test_a_log_gets_a_line_per_interval_and_one_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = Clock()
-    progress = Progress(1000, 2, 1, stream=io.StringIO(), clock_s=clock)
+    progress = Progress(1000, **SLOTS, stream=io.StringIO(), clock_s=clock)
     progress.skip(600)
     for seconds in (1.0, LOG_INTERVAL_S + 1, LOG_INTERVAL_S + 2, LOG_INTERVAL_S + 3):
         clock.now_s = seconds
@@ -88,12 +97,12 @@ def test_a_log_gets_a_line_per_interval_and_one_at_the_end(caplog: pytest.LogCap
     rate = 400 / clock.now_s
     assert lines[-1] == (
         f"1,000/1,000 images, {rate:.0f} images/s, 8 failed (8 truncated), ETA 0:00:00, limit: starting (model waits"
-        f" 50%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s)"
+        f" 50%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s): larger runs are faster per image"
     )
 
 
 def test_a_report_has_what_was_counted_and_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    progress = Progress(200, 2, 1, stream=io.StringIO(), clock_s=Clock())
+    progress = Progress(200, **SLOTS, stream=io.StringIO(), clock_s=Clock())
     for _ in range(2):
         progress.add(unit())
     output, report = storage.connect_output(str(tmp_path)), Report(run_id="run")
@@ -117,7 +126,7 @@ def test_a_report_has_what_was_counted_and_one_of_an_earlier_version_is_read(tmp
 @pytest.mark.parametrize("num_units", [1, 2, 150, MAX_POINTS - 3, MAX_POINTS, 1000, 12_345])
 def test_the_series_of_points_is_bounded_even_and_complete(num_units: int) -> None:
     clock = Clock()
-    progress = Progress(100 * num_units + 600, 2, 1, stream=io.StringIO(), clock_s=clock)
+    progress = Progress(100 * num_units + 600, **SLOTS, stream=io.StringIO(), clock_s=clock)
     progress.skip(600)
     assert progress.points() == [(0.0, 600), (0.0, 600)]
     for number in range(num_units):

@@ -163,7 +163,8 @@ def test_alerts_and_dashboard_name_only_what_a_run_exports(scraped: Scraped) -> 
 
 @pytest.mark.slow
 def test_gauges_stay_while_nothing_moves(driver: Head) -> None:
-    output, progress = "s3://stalled/labels", Progress(300, 2, 1, stream=io.StringIO())
+    output = "s3://stalled/labels"
+    progress = Progress(300, max_prepares=2, max_commits=2, num_actors=1, stream=io.StringIO())
     resources = Resources(device="cpu", num_actors=2, cluster_cpus=2, cluster_gpus=0)
     since_s: list[float] = []
 

@@ -79,7 +79,7 @@ def _measure(num_units: int) -> None:
         ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # after ray.init, which sets its own
         before_mb, started_s = _now_mb(), time.monotonic()
-        progress = Progress(num_units, 1, 1)
+        progress = Progress(num_units, max_prepares=1, max_commits=1, num_actors=1)
         work = (
             dataset.Work(planned.range_id, unit_id, chunk.key) for chunk in planned.chunks for unit_id in chunk.unit_ids
         )
