@@ -83,9 +83,10 @@ class Labeler:
             classifier = torch_model.load(
                 found, spec, pooling=pooling, device=device, precision=compute_precision(precision, device)
             )
-            fitting = predictor.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
-            size = batch_size or even_batch_size(fitting, plan.UnitSizes.of(spec.input_px, 2).max_unit_rows)
-            shape = (size, spec.input_px, spec.input_px, 3)
+            if batch_size is None:
+                fitting = predictor.fitting_batch_size(classifier, spec.input_px, DEFAULT_BATCH_SIZE[device])
+                batch_size = even_batch_size(fitting, plan.UnitSizes.of(spec.input_px, 2).max_unit_rows)
+            shape = (batch_size, spec.input_px, spec.input_px, 3)
             self._predict = predictor.Predictor(classifier, shape, is_compiled=is_compiled)
         except Exception as error:
             if not predictor.is_out_of_memory(error):

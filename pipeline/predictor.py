@@ -57,7 +57,8 @@ class Predictor:
         self._turns = queue.SimpleQueue[_Turn]()
         for _ in range(_NUM_TURNS):
             self._turns.put(_Turn(shape_BHWC, classifier.device))
-        self._set_size(shape_BHWC)
+        self.shape_BHWC = shape_BHWC
+        self._set_size(shape_BHWC[0])
 
     def with_spec(self, spec: PreprocessSpec) -> "Predictor":
         """The same weights behind the normalization of another preprocessing, in micro-batches of the same size."""
@@ -141,23 +142,37 @@ class Predictor:
 
     def _halve(self, size: int, failure: str) -> None:
         with self._launching:
-            if self.shape_BHWC[0] < size:
-                return  # another call has
-            if size == 1:
-                raise ConfigError(
-                    f"expected memory for one image of {self.shape_BHWC[1]} px on this node, found too little:"
-                    f" {failure}; use nodes or devices with more, or fewer --gpu-actors"
-                )
-            _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
-            self._set_size((size // 2, *self.shape_BHWC[1:]))
+            if self.shape_BHWC[0] == size:  # or another call has
+                self._set_size(self._half(failure))
 
-    def _set_size(self, shape_BHWC: tuple[int, int, int, int]) -> None:
-        self.shape_BHWC = shape_BHWC
+    def _half(self, failure: str) -> int:
+        """Half as many images per forward pass, said to whoever reads the log."""
+        size = self.shape_BHWC[0]
+        if size == 1:
+            raise ConfigError(
+                f"expected memory for one image of {self.shape_BHWC[1]} px on this node, found too little: {failure};"
+                " use nodes or devices with more, or fewer --gpu-actors"
+            )
+        _log.warning("out of memory with %d images per forward pass: going on with %d", size, size // 2)
+        return size // 2
+
+    def _set_size(self, num_images: int) -> None:
+        """Of a forward pass, and of fewer where compiling runs out of memory."""
+        self.shape_BHWC = (num_images, *self.shape_BHWC[1:])
         self._forward: Forward = self.classifier  # and not a graph, which has memory, before the other one is there
         if self.classifier.device.type == "cuda":
             torch.cuda.empty_cache()  # or small tensors would live in, and keep, what was held for large ones
-        if self._compiles:
-            self._forward = compiled(self.classifier, shape_BHWC)
+        if not self._compiles:
+            return
+        failure = ""
+        try:
+            self._forward = compiled(self.classifier, self.shape_BHWC)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = describe(error)
+        if failure:
+            self._set_size(self._half(failure))
 
 
 class _Turn:
@@ -182,7 +197,7 @@ def _event(device: torch.device) -> Any:
 
 def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
     """`classifier` compiled for pixels of this shape, and on a GPU launched as one graph; itself, with a warning, where
-    that fails. What it returns is overwritten by its next call.
+    that fails but for memory. What it returns is overwritten by its next call.
     """
     try:
         # Not a tensor of inference mode, for which all would be compiled once more.
@@ -193,7 +208,9 @@ def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
         with torch.inference_mode(), unlimited:
             classifier(given_BHWC)  # or what only the first pass does would be compiled, and compiled again without
             forward(given_BHWC)
-    except Exception as error:  # noqa: BLE001  # of a compiler, whichever it is and whatever it lacks
+    except Exception as error:  # of a compiler, whichever it is and whatever it lacks
+        if is_out_of_memory(error):
+            raise
         _log.warning("torch.compile: %s; going on without, which is slower", describe(error))
         return classifier
     return _as_graph(forward, given_BHWC) if given_BHWC.is_cuda else forward
@@ -201,14 +218,16 @@ def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
 
 def _as_graph(forward: Forward, given_BHWC: torch.Tensor) -> Forward:
     """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of the 7.8 ms that 256 images
-    take on an H200 with DeiT-small. Itself, with a warning, where that fails.
+    take on an H200 with DeiT-small. Itself, with a warning, where that fails but for memory.
     """
     try:
         graph = torch.cuda.CUDAGraph()
         # Other calls may be waiting for their copies meanwhile.
         with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = forward(given_BHWC)
-    except Exception as error:  # noqa: BLE001  # of a driver, for whatever reason
+    except Exception as error:  # of a driver, for whatever reason
+        if is_out_of_memory(error):
+            raise
         _log.warning("CUDA graph: %s; going on without, which is slower", describe(error))
         return forward
 

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import numpy as np
@@ -176,6 +178,34 @@ def test_a_call_that_filled_a_micro_batch_before_another_one_halved_them_fills_i
     rows = [(each, len(images[batch])) for batch, each in predict(images, top_k=5)]
     assert [number for _, number in rows] == [4, 4, 4, 4, 4, 3]
     ids = np.concatenate([each.label_ids_Bk[:number] for each, number in rows])
+    np.testing.assert_array_equal(ids, plain.label_ids_Bk)
+
+
+def test_a_compiled_pass_that_has_too_little_memory_is_compiled_for_half_as_many_images(
+    found: checkpoint.Checkpoint,
+    images: npt.NDArray[np.uint8],
+    plain: model.Prediction,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def compile_for_little_memory(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def run(part: Any, given: torch.Tensor) -> Any:
+            if len(given) > BATCH_SIZE:
+                raise torch.OutOfMemoryError(f"no room for {len(given)}")
+            return function(part, given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_for_little_memory)
+    classifier = model.load(found, _spec(found), pooling="pooled", device="cpu", precision="fp32")
+    predict = predictor.Predictor(classifier, (4 * BATCH_SIZE, found.input_px, found.input_px, 3), is_compiled=True)
+    assert predict.is_compiled
+    assert predict.shape_BHWC[0] == BATCH_SIZE
+    assert [each.getMessage() for each in caplog.records] == [
+        "out of memory with 16 images per forward pass: going on with 8",
+        "out of memory with 8 images per forward pass: going on with 4",
+    ]
+    ids = np.concatenate([each.label_ids_Bk[: len(images[batch])] for batch, each in predict(images, top_k=5)])
     np.testing.assert_array_equal(ids, plain.label_ids_Bk)
 
 
