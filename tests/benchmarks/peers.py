@@ -49,7 +49,7 @@ import servers
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BATCH_SIZE = 8
-"""Images per forward pass: the fastest on this CPU for every model here (cpu_forward.md)."""
+"""Images per forward pass, as many as ours has on CPU: for DeiT-tiny within 3 % of the fastest (cpu_forward.md)."""
 RAY_BATCH_SIZE = 32
 """Of Ray Data's example, whose actors are also given so many images at once, as are those of Daft."""
 RESIZE_PX, INPUT_PX = 256, 224
