@@ -1,6 +1,6 @@
 """Bytes of listed S3 objects by the cheapest client there is: obstore, once per object, and only for what it can say.
 
-A GET of a 100 kB object costs 0.35 ms of CPU through it with our checks, 1.1 ms or more through s3fs. It decides
+A GET of a 100 kB object costs 0.24 ms of CPU through it with our checks, 0.93 ms through s3fs without. It decides
 nothing: what it does not bring whole and verified is asked for again through s3fs, which types every error and sees
 every header. A module of its own because it is a second client, with its own limits; endpoint, region and credentials
 are the first one's, so that both always talk to the same store.

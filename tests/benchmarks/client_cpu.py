@@ -53,7 +53,13 @@ def _compare(endpoint: str, num_objects: int, num_rounds: int) -> None:
     os.environ.update(
         AWS_ACCESS_KEY_ID="x", AWS_SECRET_ACCESS_KEY="x", AWS_DEFAULT_REGION="us-east-1", AWS_ENDPOINT_URL=endpoint
     )
-    clients = {"ours": _ours(), "s3fs": _s3fs(), "botocore": _botocore(), "obstore": _obstore(endpoint)}
+    clients = {
+        "ours": _ours(),
+        "s3fs": _s3fs(),
+        "botocore": _botocore(),
+        "pyarrow": _pyarrow(endpoint),
+        "obstore": _obstore(endpoint),
+    }
     found: dict[str, list[float]] = {name: [] for name in clients}
     for number in range(num_rounds + 1):
         for name, get in clients.items():
@@ -89,6 +95,18 @@ def _botocore() -> Callable[[str], Any]:
     return lambda key: client.get_object(Bucket="bucket", Key=key)["Body"].read()
 
 
+def _pyarrow(endpoint: str) -> Callable[[str], Any]:
+    import pyarrow.fs
+
+    filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint.removeprefix("http://"), scheme="http")
+
+    def get(key: str) -> Any:
+        with filesystem.open_input_stream(f"bucket/{key}") as stream:
+            return stream.read()
+
+    return get
+
+
 def _obstore(endpoint: str) -> Callable[[str], Any]:
     import obstore
     import obstore.store
@@ -105,12 +123,15 @@ def _serve(port: int) -> None:
         def log_message(self, *args: Any) -> None:
             """Quiet."""
 
-        def do_GET(self) -> None:
+        def do_HEAD(self) -> None:
             self.send_response_only(200)
             for name, value in (("Content-Length", str(len(BODY))), ("ETag", f'"{ETAG}"')):
                 self.send_header(name, value)
             self.send_header("Last-Modified", "Tue, 24 Nov 2026 00:00:00 GMT")
             self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
             self.wfile.write(BODY)
 
     class Server(ThreadingHTTPServer):
