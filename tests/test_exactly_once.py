@@ -14,7 +14,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import verifier
-from cluster import Head
+from cluster import Head, wait_until
 from kills import LABELING, PREPARING, Kills, fill_with_pictures, label_undisturbed, watched
 from servers import Kind, S3Server, Storm
 from test_faults import GET_KINDS, LIST_KINDS, PUT_KINDS
@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_and_meets_faults_all_the_time_publishes_the_rows_o
         kills.num_faults = by_operation["GET"]
     num_reads = sum(kills.reads().values())
     print(f"kills {dict(kills.counts)}, faults {dict(by_operation)}, {reader.num_polls} polls,")
-    print(f"{num_reads} reads of {NUM_OBJECTS}, {kills.num_in_flight} in flight, peak {reader.peak_bytes:,}")
+    print(f"{num_reads} reads of {NUM_OBJECTS}, peak {reader.peak_bytes:,}")
 
     assert sum(kills.counts.values()) >= MIN_KILLS
     assert min(kills.counts.values()) >= 5
@@ -105,9 +105,11 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
             s3.storm, began_s, num_before = outage, time.monotonic(), len(s3.requests)
             try:
                 _, printed = driver.communicate(timeout=300)
+                took_s = time.monotonic() - began_s
+                # Or a worker that outlives the driver for a moment could still commit what met the outage.
+                wait_until(lambda: not head.processes(PREPARING))
             finally:
                 s3.storm = None
-            took_s = time.monotonic() - began_s
         num_asked = len(s3.requests) - num_before
         print(f"{kind}: ended after {took_s:.0f} s and {num_asked} requests")
         assert driver.returncode == 3, printed[-3000:]

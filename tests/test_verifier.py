@@ -232,10 +232,11 @@ def with_secret(where: str, table: pa.Table, secret: str) -> bytes:
 
 
 def test_work_that_nothing_explains_is_found_out() -> None:
-    num_reads = {"a": 5, "b": 1, "c": 2}
-    assert verifier.check_redone(num_reads, num_faults=1, num_in_flight=2) == []
-    assert verifier.check_redone(num_reads, 1, 1) == ["6 5 objects were read again, 4 are explained"]
-    assert verifier.check_redone(num_reads, 0, 4) == ["6 5 objects were read again, 4 are explained"]
+    undisturbed = verifier.Stretch(set(), {"a": 1, "b": 1, "c": 1})
+    assert verifier.check_redone([undisturbed, verifier.Stretch({"b"}, {"a": 1, "c": 1})], 0) == []
+    stretches = [undisturbed, verifier.Stretch({"b"}, {"a": 3, "b": 2})]
+    assert verifier.check_redone(stretches, 4) == []
+    assert verifier.check_redone(stretches, 3) == ["6 4 reads that no kill explains, 3 that something else does"]
 
 
 def test_memory_and_time_beyond_their_bounds_are_found_out() -> None:

@@ -100,12 +100,13 @@ def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model
     num_faults = dict.fromkeys(("GET", "PUT"), 0)
     for (operation, _), number in storm.num_hits.items():
         num_faults[operation] += number
+    kills.num_faults = num_faults["GET"]
     print(f"  {took_s:.0f} s, kills {dict(kills.counts)}, faults {num_faults}, peak {reader.peak_bytes:,}", flush=True)
     return [
         *verifier.check(output, source, exit_code=driver.returncode, like=undisturbed, secrets=s3.secrets),
         *verifier.check_labels(output, source, model, 10),
         *reader.findings,
-        *verifier.check_redone(kills.reads(), num_faults["GET"], kills.num_in_flight),
+        *kills.check_redone(),
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
     ]
 
