@@ -16,14 +16,17 @@ from cluster import processes
 
 INTERVAL_S = 0.2
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-_SERVICES = ("/gcs/", "/raylet/", "ray/_private/", "ray/dashboard/", "ray/util/")
+_SERVICES = (
+    *("/gcs/", "/raylet/", "ray/_private/", "ray/dashboard/", "ray/util/", "ray/autoscaler/"),
+    *("ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_StatsActor", "ray::_AutoscalingCoordinatorActor"),
+    "ray::ActorLocationTracker",
+)
 """In the command lines of what Ray runs beside drivers and workers."""
 _KINDS = {
     "contain.serve": "children that decode",
-    "ray::MapBatches(_prepare": "tasks that prepare",
     "ray::MapWorker": "actors",
-    "ray::MapBatches(_commit": "tasks that commit",
     "ray::_label_wave": "the wave",
+    "ray::": "tasks",  # a worker prepares, commits and publishes in turn
 }
 """Of our processes, by what is in their command lines."""
 
@@ -95,7 +98,7 @@ class Usage:
                 process = self.processes.setdefault(pid, Process(""))
                 # A worker renames itself when it knows what it does, and once more when it does nothing.
                 command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if not command.startswith("ray::IDLE"):
+                if command and not command.startswith("ray::IDLE"):  # none: it is ending
                     process.command = command
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 process.cpu_s = (int(fields[11]) + int(fields[12])) * _TICK_S
