@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import peers
 import process_usage
 import pytest
+
+from pipeline.draw import draw_file
 
 _BURN = "import time; end = time.process_time() + 0.6\nwhile time.process_time() < end: pass"
 _BURN_IN_A_CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {_BURN!r}], check=True)"
@@ -39,3 +42,18 @@ def test_cpu_time_of_a_session_holds_that_of_children_which_have_ended() -> None
     (child,) = usage.workers()
     assert "process_time" in child.command
     assert usage.peak_heap_bytes >= child.peak_heap_bytes > 0
+
+
+@pytest.mark.slow
+def test_the_bare_loops_are_compared_and_agree(tmp_path: Path) -> None:
+    photos, note = tmp_path / "photos", tmp_path / "note.md"
+    photos.mkdir()
+    for number in range(4):
+        (photos / f"{number}.png").write_bytes(draw_file(3, number).data)
+    none = ("--num-images-s3", "0", "--num-images-tiny", "0")
+    what = ("--photos", str(photos), "--num-images", "64", "--rounds", "1", "--only", "bare", "--out", str(note))
+    subprocess.run([sys.executable, peers.__file__, *what, *none], check=True, capture_output=True, timeout=200)
+    rows = [line.split(" | ") for line in note.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[1:]] == ["| limit (bare Pillow)", "| bare, our functions"]
+    assert all(float(row[2].split()[0]) > 0 for row in rows[1:])
+    assert str(tmp_path) not in note.read_text()

@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="real photos; repeated under new names")
     parser.add_argument("--daft", type=Path, help="where Daft is installed")
-    parser.add_argument("--num-images", type=int, default=5440, help="for the model that costs nothing")
+    parser.add_argument("--num-images", type=int, default=5440, help="for the model that costs nothing; 0: without")
     parser.add_argument("--num-images-tiny", type=int, default=1088, help="for DeiT-tiny; 0: without it")
     parser.add_argument("--num-images-s3", type=int, default=2720, help="for S3; 0: without it")
     parser.add_argument("--rounds", type=int, default=3)
@@ -108,22 +108,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         root = Path(folder)
         zero, tiny = _write_models(root)
-        photos = _repeat(options.photos, root / "photos", options.num_images)
-        sections.append(
-            _compare(
-                f"Model near zero, local photos, {options.num_images:,} images",
-                _local(photos, zero, options.daft, num_cores, is_full=True),
-                options.rounds,
-                options.num_images,
-                options.only,
+        if options.num_images:
+            photos = _repeat(options.photos, root / "photos", options.num_images)
+            sections.append(
+                _compare(
+                    f"Model near zero, local photos, {options.num_images:,} images",
+                    _local(photos, zero, options.daft, num_cores, is_full=True),
+                    options.rounds,
+                    options.num_images,
+                    options.only,
+                )
             )
-        )
         if options.num_images_s3:
             s3 = stack.enter_context(servers.serve_s3())
             bucket = s3.create_bucket()
-            names = sorted(photos.iterdir())[: options.num_images_s3]
+            uploaded = _repeat(options.photos, root / "uploaded", options.num_images_s3).iterdir()
             servers.put_quickly(
-                s3, bucket.removeprefix("s3://"), {f"in/{path.name}": path.read_bytes() for path in names}
+                s3, bucket.removeprefix("s3://"), {f"in/{path.name}": path.read_bytes() for path in uploaded}
             )
             sections.append(
                 _compare(
