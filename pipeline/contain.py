@@ -25,14 +25,14 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.checkpoint import PreprocessMode
 from pipeline.decode import too_large
-from pipeline.errors import FailureKind, ImageError
+from pipeline.errors import FailureKind, ImageError, LabelBucketError
 from pipeline.image_stats import ImageStats
 from pipeline.picture import Facts, Recipe, make_picture
 
@@ -43,7 +43,7 @@ _PROGRAM = "import sys; from pipeline import contain; contain.serve(*map(int, sy
 
 
 class Child:
-    """A process that makes pictures of one recipe, started anew after each image that ends it.
+    """A process that makes pictures of one recipe, started anew whenever it has ended.
 
     Not for several threads at once. Ends with the worker: at the end of its input, or, in the middle of an image, at
     its limit of processor time.
@@ -57,11 +57,31 @@ class Child:
         self._num_sent = 0
 
     def make_picture(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
-        """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_timeout or decode_oom."""
+        """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_timeout or decode_oom, and
+        LabelBucketError if two children in a row die while they start.
+
+        An image with which a child dies is given to another one: when a machine is short of memory its system kills
+        whom it likes, whatever image that had.
+        """
         if len(data) > self._recipe.limits.max_bytes:
             raise too_large(len(data), self._recipe.limits)
-        pipe, shared = self._started()
         try:
+            return self._ask(data)
+        except _DiedError:
+            pass
+        try:
+            return self._ask(data)
+        except _DiedError as death:
+            if death.kind is None:
+                raise LabelBucketError(
+                    f"expected a process that decodes, found that {death} while it started, twice; look at the memory"
+                    " of this worker's node and at the worker's log; the same command resumes"
+                ) from None
+            raise ImageError(death.kind, str(death), stage="decode") from None
+
+    def _ask(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
+        try:
+            pipe, shared = self._started()
             self._num_sent += 1
             shared.encoded[: len(data)] = data
             pipe.send_bytes(_LENGTH.pack(len(data)))
@@ -72,7 +92,7 @@ class Child:
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
             raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise self._ending() from None
+            self._reap()
         except ImageError:
             raise
         except BaseException:
@@ -107,7 +127,8 @@ class Child:
             finally:
                 os.close(memory)
             ours.settimeout(MAX_START_S)
-            ours.recv(1)  # it is there: how long that takes is no property of an image
+            if not ours.recv(1):  # it is there: how long that takes is no property of an image
+                raise _DiedError(f"it ended with {_ending_text(self._process.wait())}", None)
             ours.settimeout(None)
             max_wall = _timeval(self._recipe.limits.max_wall_s)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, max_wall)  # then BlockingIOError
@@ -116,25 +137,31 @@ class Child:
             self._num_sent = 0
         return self._pipe, self._shared
 
-    def _ending(self) -> ImageError:
-        """Why the child is gone, as the failure of the image that it had."""
+    def _reap(self) -> NoReturn:
+        """Say why the child is gone, as a death or, at its limit of processor time, as the failure of the image."""
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         code = self._process.poll()
         self.close()
         if code == -signal.SIGXCPU:
-            kind, why = (
-                FailureKind.DECODE_TIMEOUT,
-                f"decoding took longer than {self._recipe.limits.max_cpu_s} s of processor time",
-            )
-        elif code == -signal.SIGKILL:
-            kind, why = FailureKind.DECODE_OOM, "decoding was killed, as a machine without memory does"
-        else:
-            kind = FailureKind.DECODE_CRASH
-            name = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-            why = f"the decoder crashed ({name})"
-        return ImageError(kind, why, stage="decode")
+            message = f"decoding took longer than {self._recipe.limits.max_cpu_s} s of processor time"
+            raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
+        if code == -signal.SIGKILL:
+            raise _DiedError("decoding was killed, as a machine without memory does", FailureKind.DECODE_OOM) from None
+        raise _DiedError(f"the decoder crashed ({_ending_text(code)})", FailureKind.DECODE_CRASH) from None
+
+
+class _DiedError(Exception):
+    """A child died. `kind` is the failure of its image, should that be guilty; None while it started."""
+
+    def __init__(self, message: str, kind: FailureKind | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _ending_text(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 _LENGTH = struct.Struct("@Q")

@@ -104,6 +104,7 @@ TRANSIENT = frozenset(
         FailureKind.MISSING,
         FailureKind.CHANGED,
         FailureKind.FORBIDDEN,
+        FailureKind.DECODE_OOM,
         FailureKind.UNSTABLE_BYTES,
         FailureKind.UNAVAILABLE,
     }

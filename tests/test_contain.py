@@ -1,12 +1,15 @@
 """A child that crashes, hangs or grows takes only the guilty image with it."""
 
+import fcntl
 import io
 import os
 import re
 import signal
-import threading
+import sys
+import termios
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -15,13 +18,15 @@ import images
 import numpy as np
 import pytest
 from checkpoints import squash_spec
+from cluster import wait_until
+from kills import is_dead
 from PIL import Image
 
 from pipeline import contain
 from pipeline.checkpoint import PreprocessMode
 from pipeline.contain import Child
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits
-from pipeline.errors import FailureKind, ImageError
+from pipeline.errors import FailureKind, ImageError, LabelBucketError
 from pipeline.picture import Recipe, make_picture
 
 RECIPE = Recipe(spec=squash_spec(24), limits=DEFAULT_LIMITS, has_stats=True)
@@ -60,9 +65,10 @@ def check_it_still_works(child: Child) -> None:
     assert facts == expected_facts
 
 
-def _kill(pid: int, number: signal.Signals) -> None:
-    os.kill(pid, number)
-    os.kill(pid, signal.SIGCONT)
+def _num_unread_bytes(child: Child) -> int:
+    """Of what was sent to it."""
+    assert child._pipe is not None
+    return int.from_bytes(fcntl.ioctl(child._pipe.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def pid_of(child: Child) -> int:
@@ -107,19 +113,55 @@ def test_going_through_every_preprocessing_starts_a_child_for_each_once() -> Non
     assert len(set(pids)) == len(recipes) > 1
 
 
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_OOM)]
-)
-def test_a_child_that_dies_is_the_failure_of_the_image_that_it_had(
-    child: Child, number: signal.Signals, kind: FailureKind
-) -> None:
+def test_a_child_that_was_killed_while_it_had_no_image_costs_none(child: Child) -> None:
+    check_it_still_works(child)
+    victim = pid_of(child)
+    os.kill(victim, signal.SIGKILL)
+    wait_until(lambda: is_dead(victim))
+    check_it_still_works(child)
+    assert pid_of(child) != victim
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_an_image_that_a_killed_child_had_is_made_by_another(child: Child, number: signal.Signals) -> None:
     check_it_still_works(child)
     victim = pid_of(child)
     os.kill(victim, signal.SIGSTOP)  # so that it has the image, and has not answered
-    threading.Timer(0.2, _kill, (victim, number)).start()
-    assert kind_of(child, GOOD) is kind
-    check_it_still_works(child)
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(check_it_still_works, child)
+        wait_until(lambda: _num_unread_bytes(child) > 0)
+        os.kill(victim, number)
+        os.kill(victim, signal.SIGCONT)
+        made.result()
     assert pid_of(child) != victim
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_OOM)]
+)
+def test_an_image_with_which_two_children_die_is_a_failure(
+    child: Child, number: signal.Signals, kind: FailureKind
+) -> None:
+    check_it_still_works(child)
+    slow, victims = large(7000), [pid_of(child)]
+    os.kill(victims[0], number)
+    with ThreadPoolExecutor(1) as threads:
+        failed = threads.submit(kind_of, child, slow)
+        wait_until(lambda: (process := child._process) is not None and process.pid != victims[0])
+        wait_until(lambda: child._num_sent == 1)  # of this child; it takes a second to decode
+        victims.append(pid_of(child))
+        os.kill(victims[1], number)
+        assert failed.result() is kind
+    check_it_still_works(child)
+    assert pid_of(child) not in victims
+
+
+def test_a_child_that_cannot_start_is_no_failure_of_an_image(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LabelBucketError, match="it ended with exit code 1 while it started, twice"):
+        child.make_picture(GOOD)
+    monkeypatch.undo()
+    check_it_still_works(child)
 
 
 def test_a_child_that_hangs_and_does_not_even_read_is_ended_at_the_wall_clock() -> None:
