@@ -64,6 +64,16 @@ class Head:
         """Of its largest process or driver."""
         return max((_rss_bytes(pid) for pid in (*self.processes(""), *self.drivers)), default=0)
 
+    def command_lines(self) -> str:
+        """Of every process."""
+        return "\n".join((Path("/proc") / str(pid) / "cmdline").read_text() for pid in self.processes(""))
+
+    def log_files(self) -> list[Path]:
+        """Everything that the cluster and its workers logged."""
+        words = self.command_lines().split("\0")
+        (session,) = {word.partition("=")[2] for word in words if word.startswith("--session-dir=/tmp/ray/")}
+        return [path for path in (Path(session) / "logs").rglob("*") if path.is_file()]
+
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
         with self.start_label_bucket(*arguments, crash_at=crash_at) as driver:

@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import Protocol
 
 import effort
 import pyarrow.parquet as pq
@@ -23,8 +25,20 @@ from pipeline.draw import draw_file
 
 PREPARING, LABELING, WAVE = "ray::MapBatches(", "ray::MapWorker(", "ray::_label_wave"
 """How the titles of workers begin."""
+DECODING = f"{sys.executable} -c import sys; from pipeline import contain"
+"""And the command lines of their children."""
 MAX_PROCESS_BYTES = 2**30
 """Of any process of the cluster."""
+
+
+class Machines(Protocol):
+    """A head, or a cluster of several nodes."""
+
+    def rss_bytes(self) -> int:
+        """Of the largest process."""
+
+    def log_files(self) -> list[Path]:
+        """Everything that was logged."""
 
 
 class Staged:
@@ -53,13 +67,13 @@ class Kills:
         self.output = output
         self.counts = Counter[str]()
         self.num_faults = 0
-        """Faults that reads of the source met. Each costs at most the three reads that an object has."""
+        """Faults that reads of the source met."""
         self.num_read_twice = 0
         """Reads that something else explains."""
         self.secrets = s3.secrets
         """Of the cluster, which must be found nowhere."""
         self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
-        self._prefix = f"/{source.bucket}/{source.prefix}"
+        self.source_prefix = f"/{source.bucket}/{source.prefix}"
         self._strikes: list[tuple[Set[str], Counter[str]]] = [(frozenset(), Counter())]
         """What was in a part then, and how often each object had been read; the first is the beginning."""
 
@@ -71,9 +85,9 @@ class Kills:
             self._s3.requests[self._requests_before :],
         )
         return Counter(
-            path.removeprefix(self._prefix)
+            path.removeprefix(self.source_prefix)
             for method, path in requests
-            if method == "GET" and path.startswith(self._prefix)
+            if method == "GET" and path.startswith(self.source_prefix)
         )
 
     def wait_for_work(self, poll: Callable[[], int | None], deadline_s: float = 240) -> None:
@@ -90,7 +104,7 @@ class Kills:
         marks = [*self._strikes, (frozenset(), self.reads())]
         stretches = [verifier.Stretch(done, after - before) for (done, before), (_, after) in itertools.pairwise(marks)]
         # A command reads one object first, to see whether it may.
-        num_explained = 3 * self.num_faults + self.num_read_twice + len(stretches)
+        num_explained = self.num_faults + self.num_read_twice + len(stretches)
         return verifier.check_redone(stretches, num_explained)
 
     def kill(
@@ -123,7 +137,7 @@ class Kills:
         assert self.num_in_flight() > 0, "nothing was in flight"
         self.lose()
         self.counts[what] += 1
-        if what in ("worker", "actor", "wave", "node", "head", "driver"):
+        if what in ("child", "worker", "actor", "wave", "node", "head", "driver"):
             effort.COUNTS["kills survived"] += 1
 
     def lose(self) -> None:
@@ -157,11 +171,11 @@ def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
 
 @contextlib.contextmanager
 def watched(
-    kills: Kills, source: Place, undisturbed: Place, model: Path, rss_bytes: Callable[[], int], max_s: float
+    kills: Kills, source: Place, undisturbed: Place, model: Path, machines: Machines, max_s: float
 ) -> Iterator[Reader]:
     """A reader looks on at what is done to a run inside; afterwards all nine invariants hold, and it is published."""
     started_s = time.monotonic()
-    with Reader(kills.output, rss_bytes) as reader:
+    with Reader(kills.output, machines.rss_bytes) as reader:
         yield reader
     took_s = time.monotonic() - started_s
     findings = [
@@ -169,6 +183,7 @@ def watched(
         *verifier.check_labels(kills.output, source, model, 20),
         *reader.findings,
         *kills.check_redone(),
+        *verifier.check_logs(machines.log_files(), kills.secrets),
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=MAX_PROCESS_BYTES, max_s=max_s),
     ]
     assert findings == [], findings

@@ -114,6 +114,12 @@ class Storm:
     _asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     _met: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    def num_met(self, operation: str, prefix: str) -> int:
+        """Faults of an operation on paths that begin with `prefix`."""
+        return sum(
+            number for (each, path), number in self._met.items() if each == operation and path.startswith(prefix)
+        )
+
     def choose(self, operation: str, path: str, *, is_first_page: bool = False) -> Kind | None:
         """The fault of this request, if it meets one that changes its answer."""
         place = (operation, path)

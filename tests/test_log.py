@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import wait_until
 from servers import Fault, S3Server
 
 from pipeline import log, schema, storage
@@ -160,8 +160,7 @@ def test_a_claim_that_another_winner_of_the_race_replaced_is_not_believed(
     faults.append(Fault("stall", "GET", f"{bucket[5:]}/{key}"))  # between our write and our look at it
     with ThreadPoolExecutor(1) as pool:
         ours = pool.submit(claim, output)
-        while not s3.num_requests("GET", f"{bucket[5:]}/{key}"):
-            time.sleep(0.01)
+        wait_until(lambda: ours.done() or s3.num_requests("GET", f"{bucket[5:]}/{key}") > 0)
         s3.client.put_object(Bucket=bucket[5:], Key=key, Body=theirs)
         with pytest.raises(ConflictError, match="has an open run"):
             ours.result()

@@ -85,7 +85,7 @@ def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
     places = [Place(url, s3.client) for url in (source, output, undisturbed)]
     kills = Kills(s3, *places)
-    with watched(kills, places[0], places[2], Path(model), head.rss_bytes, max_s=200):
+    with watched(kills, places[0], places[2], Path(model), head, max_s=200):
         killed = head.label_bucket(*options, crash_at=point)
         assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
         effort.COUNTS["kills survived"] += 1
@@ -256,7 +256,7 @@ def test_two_live_drivers_of_one_run_that_see_no_sign_of_each_other_end_in_one_e
     def many_are_read_by_both() -> bool:
         return sum(number > 1 for number in kills.reads().values()) >= 20
 
-    with watched(kills, places[0], places[2], Path(model), head.rss_bytes, max_s=200):
+    with watched(kills, places[0], places[2], Path(model), head, max_s=200):
         with head.start_label_bucket(*options) as first:
             wait_until(lambda: first.poll() is not None or all_others_are_done())
             with head.start_label_bucket(*options) as second:

@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def storm(s3: S3Server, source: Place) -> Iterator[Storm]:
-    s3.storm = Storm(3, KINDS, {"GET": 0.35, "PUT": 0.5}, re.compile(f"/{source.bucket}/"))
+    s3.storm = Storm(3, KINDS, {"GET": 0.35, "PUT": 1}, re.compile(f"/{source.bucket}/"))
     yield s3.storm
     s3.storm = None
 
@@ -134,7 +134,7 @@ def test_a_careful_writer_passes_without_faults_and_under_a_storm(
     output, findings = written(s3, source, model, "careful")
     assert findings == []
     assert verifier.check_like(output, calm) == []
-    assert min(storm.num_hits.values()) > 0
+    assert all(storm.num_hits[operation, kind] > 0 for operation, kinds in storm.kinds.items() for kind in kinds)
 
 
 def test_a_writer_that_believes_the_bytes_it_gets_is_found_out(
@@ -212,6 +212,21 @@ def test_every_invariant_that_files_can_break_has_its_finding(
     exit_code = 3 if change == "end with an error" else 0
     findings = verifier.check(output, inside, exit_code=exit_code, secrets=["hidden"])
     assert any(re.match(finding, line) for line in findings), findings
+
+
+def test_a_report_with_another_exit_code_than_the_command_is_found_out(s3: S3Server, source: Place) -> None:
+    output = Place(f"s3://{source.bucket}/open", s3.client)
+    put_at_once(output, "_log/00000001.claim.json", {})
+    assert verifier.check_ending(output, 3) == []
+    put_at_once(output, "_runs/00000001-abc/report.json", {"exit_code": 4, "counts": {}})
+    assert verifier.check_ending(output, 4) == []
+    assert verifier.check_ending(output, 3) == ["8 the exit code was 3, the newest run's report says 4"]
+
+
+def test_a_secret_in_a_log_is_found_out(tmp_path: Path) -> None:
+    (tmp_path / "worker.out").write_text("request signed with hidden\n")
+    assert verifier.check_logs([tmp_path / "worker.out", tmp_path / "rotated.out"], ["hidden"]) != []
+    assert verifier.check_logs([tmp_path / "worker.out"], ["canary"]) == []
 
 
 def with_secret(where: str, table: pa.Table, secret: str) -> bytes:

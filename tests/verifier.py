@@ -248,9 +248,24 @@ def check_ending(output: Place, exit_code: int) -> list[str]:
         for run_id, report in reports.items()
         if report["exit_code"] == 0 and run_id not in committed
     ]
-    is_open = max(claims(output), default=0) > max((entry["run_seq"] for entry in entries(output)), default=0)
+    newest = max(claims(output), default=0)
+    of_newest = [report["exit_code"] for run_id, report in reports.items() if run_id.startswith(f"{newest:08d}-")]
+    if exit_code and any(said not in (None, exit_code) for said in of_newest):
+        findings.append(f"8 the exit code was {exit_code}, the newest run's report says {of_newest[0]}")
+    is_open = newest > max((entry["run_seq"] for entry in entries(output)), default=0)
     if (exit_code == 0) == is_open or (exit_code == 0 and not runs):
         findings.append(f"8 the exit code was {exit_code}, and the newest claim is {'open' if is_open else 'closed'}")
+    return findings
+
+
+def check_logs(files: Iterable[Path], secrets: Iterable[str]) -> list[str]:
+    """9: in no log either."""
+    wanted = [each.encode() for each in secrets]
+    findings = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # it was rotated meanwhile
+            data = path.read_bytes()
+            findings += [f"9 a secret stands in {path}" for each in wanted if each in data]
     return findings
 
 

@@ -23,12 +23,12 @@ os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  
 import checkpoints  # noqa: E402
 import verifier  # noqa: E402
 from cluster import Head, running_head, wait_until  # noqa: E402
-from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, is_dead, label_undisturbed  # noqa: E402
+from kills import DECODING, LABELING, PREPARING, WAVE, Kills, fill_with_pictures, is_dead, label_undisturbed  # noqa: E402
 from servers import S3Server, Storm, serve_s3  # noqa: E402
 from test_faults import GET_KINDS, PUT_KINDS  # noqa: E402
 from verifier import Place, Reader  # noqa: E402
 
-TITLES = {"worker": PREPARING, "actor": LABELING, "wave": WAVE}
+TITLES = {"child": DECODING, "worker": PREPARING, "actor": LABELING, "wave": WAVE}
 MAX_KILLS = 10
 MAX_PAUSE_S = 8.0
 """Between two kills at most: a run without any takes about 20 s."""
@@ -100,7 +100,7 @@ def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model
     num_faults = dict.fromkeys(("GET", "PUT"), 0)
     for (operation, _), number in storm.num_hits.items():
         num_faults[operation] += number
-    kills.num_faults = num_faults["GET"]
+    kills.num_faults = storm.num_met("GET", kills.source_prefix)
     print(f"  {took_s:.0f} s, kills {dict(kills.counts)}, faults {num_faults}, peak {reader.peak_bytes:,}", flush=True)
     return [
         *verifier.check(output, source, exit_code=driver.returncode, like=undisturbed, secrets=s3.secrets),
