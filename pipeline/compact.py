@@ -363,7 +363,6 @@ def _retire(output: Store, space_id: str, options: Options, keep_runs: int, now:
         newest = state.newest(space_id)
         assert newest is not None
         snapshot.add_retirement(output, newest, retires, lambda: _text(now()))
-        crash_point("retired")
         state = log.read(output)
     found = retention.removable(output, state, space_id, state.retired | {*retires}, grace=options.grace, now=now())
     if options.dry_run:

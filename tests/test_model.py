@@ -268,6 +268,14 @@ def test_heads_for_another_number_of_labels_are_refused(folder: Path) -> None:
         _load(folder)
 
 
+def test_code_that_comes_with_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
+    for name in ("AutoConfig", "AutoModelForImageClassification"):
+        checkpoints.edit_config(folder, auto_map={name: "theirs.Theirs"})
+        (folder / "theirs.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+        _load(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
 def test_a_truncated_weights_file_is_refused(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

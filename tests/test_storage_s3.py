@@ -334,6 +334,13 @@ def test_a_deletion_is_asked_for_again_after_a_fault(s3: S3Server, bucket: str, 
     assert keys(storage.connect(bucket)) == []
 
 
+def test_credentials_that_stay_expired_are_named(bucket: str, faults: list[Fault]) -> None:
+    faults.append(expired := Fault.always("expired_token", "GET", "/key"))
+    with pytest.raises(UnavailableError, match="no usable answer within 2 s; last: 400 ExpiredToken"):
+        storage.connect(bucket).get("key", deadline_s=2)
+    assert expired.num_hits > 1
+
+
 def test_what_a_store_does_not_implement_is_asked_for_once(s3: S3Server, bucket: str, faults: list[Fault]) -> None:
     faults.append(missing := Fault.always(501, "PUT", "/commit"))
     with pytest.raises(SourceError, match=r"create .*/commit: refused \(501 NotImplemented\)"):
