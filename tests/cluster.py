@@ -30,7 +30,7 @@ class Node:
     session: int
 
     def processes(self, title: str) -> list[int]:
-        """Processes of this node whose command line begins with `title`."""
+        """Processes of this node whose command line holds `title`."""
         return processes(self.session, title)
 
     def rss_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Head:
     """Commands that run now, which others started."""
 
     def processes(self, title: str) -> list[int]:
-        """Processes of this head whose command line begins with `title`: Ray writes there what a worker does."""
+        """Processes of this head whose command line holds `title`: Ray writes there what a worker does."""
         return processes(self.session, title)
 
     def rss_bytes(self) -> int:
@@ -168,7 +168,7 @@ class Head:
         )
 
     def pid_of(self, title: str) -> int:
-        """The only process whose command line begins with `title`, once there is one."""
+        """The only process whose command line holds `title`, once there is one."""
         found: list[int] = []
 
         def is_there() -> bool:
@@ -227,7 +227,7 @@ def wait_until(is_true: Callable[[], bool], deadline_s: float = 120) -> None:
 
 
 def processes(session: int, title: str) -> list[int]:
-    """Running processes of a session whose command line begins with `title`."""
+    """Running processes of a session whose command line holds `title`."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -235,7 +235,7 @@ def processes(session: int, title: str) -> list[int]:
                 state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
                 if int(its_session) == session and state not in "ZX":
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if command.startswith(title):
+                    if title in command:
                         found.append(int(folder.name))
     return found
 
