@@ -12,7 +12,7 @@ What the figures are, the same for all:
            a batch is done when its labels are there (for ours: when its part is committed), linear in between
   CPU      of all processes of the contestant in that window, per image; a server's is not in it
   limit    Pillow's decode, the checkpoint's resize and crop, and transformers' network in a plain loop, a process per
-           core; `bare, our functions` is the same loop around what the pipeline calls
+           core; `bare, our functions` is the same loop around what the pipeline calls; both read S3 by our client
   memory   driver: peak RSS. Worker: the largest one's peak RSS, and the largest heap (anonymous memory) of any. All:
            heap at one time
   store    bytes of all objects that Ray's object store was given, per image
@@ -113,7 +113,7 @@ def main() -> None:
             sections.append(
                 _compare(
                     f"Model near zero, local photos, {options.num_images:,} images",
-                    _local(photos, zero, options.daft, num_cores, is_full=True),
+                    _contestants(str(photos), zero, options.daft, num_cores, is_full=True),
                     options.rounds,
                     options.num_images,
                     options.only,
@@ -129,7 +129,7 @@ def main() -> None:
             sections.append(
                 _compare(
                     f"Model near zero, S3 over loopback, {options.num_images_s3:,} images",
-                    _from_s3(f"{bucket}/in", zero, num_cores, s3.environment()),
+                    _contestants(f"{bucket}/in", zero, options.daft, num_cores, s3.environment()),
                     options.rounds_s3,
                     options.num_images_s3,
                     options.only,
@@ -140,7 +140,7 @@ def main() -> None:
             sections.append(
                 _compare(
                     f"DeiT-tiny, local photos, {options.num_images_tiny:,} images",
-                    _local(few, tiny, options.daft, num_cores, is_full=False),
+                    _contestants(str(few), tiny, options.daft, num_cores),
                     options.rounds_tiny,
                     options.num_images_tiny,
                     options.only,
@@ -186,12 +186,20 @@ def _repeat(source: Path, target: Path, num_images: int) -> Path:
 # --- contestants --------------------------------------------------------------------------------------------------
 
 
-def _local(photos: Path, model: Path, daft: Path | None, num_cores: int, *, is_full: bool) -> list[Contestant]:
-    both = ("--photos", str(photos), "--model", str(model))
+def _contestants(
+    url: str,
+    model: Path,
+    daft: Path | None,
+    num_cores: int,
+    environment: Mapping[str, str] | None = None,
+    *,
+    is_full: bool = False,
+) -> list[Contestant]:
+    both = ("--photos", url, "--model", str(model))
     found = [
         _bare("limit (bare Pillow)", both, "pillow", num_cores),
         _bare("bare, our functions", both, "pipeline", num_cores),
-        _ours("ours", str(photos), model, num_cores),
+        _ours("ours", url, model, num_cores),
         Contestant(
             "Ray Data's example", "with_ray_data.py", (*both, "--batch-size", str(RAY_BATCH_SIZE)), num_cores, {}
         ),
@@ -204,18 +212,10 @@ def _local(photos: Path, model: Path, daft: Path | None, num_cores: int, *, is_f
         edge = ("--edge-px", str(RESIZE_PX))
         found.append(Contestant("Daft", "with_daft.py", (*both, *edge), num_cores, daft_only))
     if is_full:
-        found.append(_ours("ours, fast", str(photos), model, num_cores, "--preprocess", "fast"))
+        found.append(_ours("ours, fast", url, model, num_cores, "--preprocess", "fast"))
         found.append(_bare("limit, one core", both, "pillow", 1))
-        found.append(_ours("ours, one core", str(photos), model, 1))
-    return found
-
-
-def _from_s3(url: str, model: Path, num_cores: int, environment: dict[str, str]) -> list[Contestant]:
-    both = ("--photos", url, "--model", str(model))
-    return [
-        _bare("bare Pillow, our client", both, "pillow", num_cores)._replace(environment=environment),
-        _ours("ours", url, model, num_cores)._replace(environment=environment),
-    ]
+        found.append(_ours("ours, one core", url, model, 1))
+    return [each._replace(environment={**each.environment, **(environment or {})}) for each in found]
 
 
 def _bare(name: str, both: Sequence[str], by: str, num_cores: int) -> Contestant:

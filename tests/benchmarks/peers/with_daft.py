@@ -6,6 +6,7 @@ of the preprocessing and the model are a class of `daft.cls`, loaded once.
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from daft import DataType, Series, col
 from daft.functions import decode_image, resize
+from daft.io import IOConfig, S3Config
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
@@ -42,7 +44,7 @@ class ImageClassifier:
 
 
 def main() -> None:
-    """Label a folder."""
+    """Label a folder or bucket."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--photos", required=True)
@@ -50,9 +52,13 @@ def main() -> None:
     parser.add_argument("--edge-px", type=int, required=True)
     options = parser.parse_args()
     classifier = ImageClassifier(options.model)
+    io_config = None
+    if options.photos.startswith("s3://"):
+        s3 = S3Config.from_env().replace(endpoint_url=os.environ["AWS_ENDPOINT_URL"], use_ssl=False)
+        io_config = IOConfig(s3=s3)
     frame = (
-        daft.from_glob_path(f"{options.photos}/*")
-        .with_column("image", decode_image(col("path").download(), mode="RGB"))
+        daft.from_glob_path(f"{options.photos}/*", io_config=io_config)
+        .with_column("image", decode_image(col("path").download(io_config=io_config), mode="RGB"))
         .with_column("image", resize(col("image"), options.edge_px, options.edge_px))
         .with_column("labels", classifier.classify(col("image")))
         .select("path", "labels")

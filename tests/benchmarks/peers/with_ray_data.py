@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import ray
 from ours import object_store_bytes
 from PIL import Image
@@ -40,7 +41,7 @@ class ImageClassifier:
 
 
 def main() -> None:
-    """Label a folder."""
+    """Label a folder or bucket."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
     parser.add_argument("--photos", required=True)
@@ -48,7 +49,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     options = parser.parse_args()
     ray.init(address="local")  # or it would join whatever cluster runs on this machine
-    ds = ray.data.read_images(options.photos, mode="RGB", include_paths=True)
+    filesystem = None
+    if options.photos.startswith("s3://"):
+        scheme, _, host = os.environ["AWS_ENDPOINT_URL"].partition("://")
+        filesystem = pyarrow.fs.S3FileSystem(endpoint_override=host, scheme=scheme)
+    ds = ray.data.read_images(
+        options.photos.removeprefix("s3://"), filesystem=filesystem, mode="RGB", include_paths=True
+    )
     predictions = ds.map_batches(
         ImageClassifier,
         fn_constructor_args=(options.model, options.batch_size),

@@ -1,36 +1,44 @@
 """The Hugging Face pipeline as its documentation streams a dataset through it, for `peers.py`.
 
-The dataset gives paths, which the pipeline opens itself; `num_workers` processes preprocess, this one predicts.
+The dataset gives paths, which the pipeline opens itself, or pictures that it reads from S3 by fsspec; `num_workers`
+processes preprocess, this one predicts.
 """
 
 import argparse
+import io
 import json
 import os
 import time
 from pathlib import Path
 
+import fsspec
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers import pipeline
 
 
-class Photos(Dataset[str]):
-    """Paths of a folder's files."""
+class Photos(Dataset[str | Image.Image]):
+    """The files of a folder or bucket."""
 
-    def __init__(self, folder: Path) -> None:
-        self.paths = sorted(map(str, folder.iterdir()))
+    def __init__(self, url: str) -> None:
+        self.protocol = "s3" if url.startswith("s3://") else "file"
+        self.paths = sorted(fsspec.filesystem(self.protocol).ls(url, detail=False))
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, number: int) -> str:
-        return self.paths[number]
+    def __getitem__(self, number: int) -> str | Image.Image:
+        if self.protocol == "file":
+            return self.paths[number]
+        # Of this worker's process; fsspec keeps it.
+        return Image.open(io.BytesIO(fsspec.filesystem(self.protocol).cat_file(self.paths[number])))
 
 
 def main() -> None:
-    """Label a folder."""
+    """Label a folder or bucket."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("result", type=Path)
-    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--photos", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     options = parser.parse_args()
