@@ -25,7 +25,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -57,8 +57,8 @@ class Child:
         self._num_sent = 0
 
     def make_picture(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
-        """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_timeout or decode_oom, and
-        LabelBucketError if two children in a row die while they start.
+        """As `picture.make_picture`; also raises ImageError of kind decode_crash, decode_killed or decode_timeout, and
+        LabelBucketError if no child can be started.
 
         An image with which a child dies is given to another one: when a machine is short of memory its system kills
         whom it likes, whatever image that had.
@@ -66,22 +66,16 @@ class Child:
         if len(data) > self._recipe.limits.max_bytes:
             raise too_large(len(data), self._recipe.limits)
         try:
-            return self._ask(data)
+            return self._ask(*self._started(), data)
         except _DiedError:
             pass
         try:
-            return self._ask(data)
+            return self._ask(*self._started(), data)
         except _DiedError as death:
-            if death.kind is None:
-                raise LabelBucketError(
-                    f"expected a process that decodes, found that {death} while it started, twice; look at the memory"
-                    " of this worker's node and at the worker's log; the same command resumes"
-                ) from None
             raise ImageError(death.kind, str(death), stage="decode") from None
 
-    def _ask(self, data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
+    def _ask(self, pipe: Connection, shared: "_Shared", data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
         try:
-            pipe, shared = self._started()
             self._num_sent += 1
             shared.encoded[: len(data)] = data
             pipe.send_bytes(_LENGTH.pack(len(data)))
@@ -92,7 +86,7 @@ class Child:
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
             raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            self._reap()
+            raise self._ending() from None
         except ImageError:
             raise
         except BaseException:
@@ -107,15 +101,35 @@ class Child:
             self._process.kill()
             self._process.wait()
         self._process = self._pipe = self._shared = None
+        self._num_sent = 0
 
     __del__ = close
 
     def _started(self) -> tuple[Connection, "_Shared"]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # it died while it had no image
         if self._pipe is None or self._shared is None:
-            ours, theirs = socket.socketpair()
-            memory = os.memfd_create("image")
             try:
-                self._shared = _Shared(memory, self._recipe)
+                return self._start()
+            except (OSError, EOFError):
+                self.close()
+            try:
+                return self._start()
+            except (OSError, EOFError) as error:
+                how = str(error) if self._process is None else f"it ended with {self._ending_text()}"
+                self.close()
+                raise LabelBucketError(
+                    f"expected a process that decodes, found none that starts: {how}; look at memory and limits of"
+                    " processes of this worker's node, and at the worker's log; the same command resumes"
+                ) from error
+        return self._pipe, self._shared
+
+    def _start(self) -> tuple[Connection, "_Shared"]:
+        ours, theirs = socket.socketpair()
+        memory = os.memfd_create("image")
+        with ours:
+            try:
+                shared = _Shared(memory, self._recipe)
                 with theirs:
                     fds = [theirs.fileno(), memory]
                     self._process = subprocess.Popen(
@@ -126,42 +140,39 @@ class Child:
                     )
             finally:
                 os.close(memory)
-            ours.settimeout(MAX_START_S)
-            if not ours.recv(1):  # it is there: how long that takes is no property of an image
-                raise _DiedError(f"it ended with {_ending_text(self._process.wait())}", None)
-            ours.settimeout(None)
-            max_wall = _timeval(self._recipe.limits.max_wall_s)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, max_wall)  # then BlockingIOError
-            self._pipe = Connection(ours.detach())
-            self._pipe.send_bytes(pickle.dumps(self._recipe))
-            self._num_sent = 0
-        return self._pipe, self._shared
+            pipe = Connection(os.dup(ours.fileno()))
+            pipe.send_bytes(pickle.dumps(self._recipe))
+            _limit_wait(ours, MAX_START_S)
+            pipe.recv_bytes()  # it is ready: how long that takes is no property of an image
+            _limit_wait(ours, self._recipe.limits.max_wall_s)
+        self._pipe, self._shared = pipe, shared
+        return pipe, shared
 
-    def _reap(self) -> NoReturn:
-        """Say why the child is gone, as a death or, at its limit of processor time, as the failure of the image."""
+    def _ending(self) -> "ImageError | _DiedError":
+        """How the child ended: of itself, or at its limit of processor time, which is the failure of its image."""
+        how = self._ending_text()
+        self.close()
+        if how == "SIGXCPU":
+            message = f"decoding took longer than {self._recipe.limits.max_cpu_s} s of processor time"
+            return ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode")
+        if how == "SIGKILL":
+            return _DiedError("decoding was killed, as a machine without memory does", FailureKind.DECODE_KILLED)
+        return _DiedError(f"the decoder crashed ({how})", FailureKind.DECODE_CRASH)
+
+    def _ending_text(self) -> str:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         code = self._process.poll()
-        self.close()
-        if code == -signal.SIGXCPU:
-            message = f"decoding took longer than {self._recipe.limits.max_cpu_s} s of processor time"
-            raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
-        if code == -signal.SIGKILL:
-            raise _DiedError("decoding was killed, as a machine without memory does", FailureKind.DECODE_OOM) from None
-        raise _DiedError(f"the decoder crashed ({_ending_text(code)})", FailureKind.DECODE_CRASH) from None
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 class _DiedError(Exception):
-    """A child died. `kind` is the failure of its image, should that be guilty; None while it started."""
+    """A child died, and `kind` is the failure of its image, should that be guilty of it."""
 
-    def __init__(self, message: str, kind: FailureKind | None) -> None:
+    def __init__(self, message: str, kind: FailureKind) -> None:
         super().__init__(message)
         self.kind = kind
-
-
-def _ending_text(code: int | None) -> str:
-    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
 _LENGTH = struct.Struct("@Q")
@@ -191,11 +202,11 @@ def child_of(recipe: Recipe) -> Child:
 def serve(fileno: int, memory_fileno: int) -> None:
     """The child's program: pictures until the end of input."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.write(fileno, b"!")
     with Connection(fileno) as pipe, contextlib.suppress(EOFError):
         recipe: Recipe = pickle.loads(pipe.recv_bytes())
         shared = _Shared(memory_fileno, recipe)
         _limit_address_space(recipe.limits.max_address_bytes)
+        pipe.send_bytes(b"ready")
         for number in itertools.count(1):
             (num_bytes,) = _LENGTH.unpack(pipe.recv_bytes())
             data = bytes(shared.encoded[:num_bytes])
@@ -229,8 +240,9 @@ def _limit_address_space(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used_bytes + max_bytes, hard))
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+def _limit_wait(socket_: socket.socket, max_s: float) -> None:
+    """For what comes next through this socket; then BlockingIOError."""
+    socket_.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(max_s), int(max_s % 1 * 1e6)))
 
 
 def _limit_cpu_time(max_s: int) -> None:

@@ -93,6 +93,7 @@ class FailureKind(StrEnum):
     BOMB_METADATA = "bomb_metadata"
     DECODE_TIMEOUT = "decode_timeout"
     DECODE_OOM = "decode_oom"
+    DECODE_KILLED = "decode_killed"
     DECODE_CRASH = "decode_crash"
     UNSTABLE_BYTES = "unstable_bytes"
     UNAVAILABLE = "unavailable"
@@ -104,7 +105,7 @@ TRANSIENT = frozenset(
         FailureKind.MISSING,
         FailureKind.CHANGED,
         FailureKind.FORBIDDEN,
-        FailureKind.DECODE_OOM,
+        FailureKind.DECODE_KILLED,
         FailureKind.UNSTABLE_BYTES,
         FailureKind.UNAVAILABLE,
     }

@@ -1,10 +1,13 @@
 """A child that crashes, hangs or grows takes only the guilty image with it."""
 
+import errno
 import fcntl
 import io
+import itertools
 import os
 import re
 import signal
+import subprocess
 import sys
 import termios
 import time
@@ -12,14 +15,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import images
 import numpy as np
 import pytest
 from checkpoints import squash_spec
 from cluster import wait_until
-from kills import is_dead
 from PIL import Image
 
 from pipeline import contain
@@ -51,6 +53,9 @@ def large(edge_px: int) -> bytes:
     return sink.getvalue()
 
 
+SLOW = large(7000)
+
+
 def kind_of(child: Child, data: bytes) -> FailureKind:
     with pytest.raises(ImageError) as caught:
         child.make_picture(data)
@@ -65,10 +70,10 @@ def check_it_still_works(child: Child) -> None:
     assert facts == expected_facts
 
 
-def _num_unread_bytes(child: Child) -> int:
-    """Of what was sent to it."""
-    assert child._pipe is not None
-    return int.from_bytes(fcntl.ioctl(child._pipe.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+def _has_read_all(child: Child) -> bool:
+    """Whether it is there and has read what was sent to it."""
+    pipe = child._pipe
+    return pipe is not None and fcntl.ioctl(pipe.fileno(), termios.TIOCOUTQ, bytes(4)) == bytes(4)
 
 
 def pid_of(child: Child) -> int:
@@ -113,11 +118,26 @@ def test_going_through_every_preprocessing_starts_a_child_for_each_once() -> Non
     assert len(set(pids)) == len(recipes) > 1
 
 
+def _kill_idle(child: Child) -> int:
+    process = child._process
+    assert process is not None
+    process.kill()
+    process.wait(timeout=30)
+    return process.pid
+
+
+def _kill_decoding(child: Child, number: signal.Signals, num_sent: int, *others: int) -> int:
+    """The child that is none of `others`, once it has its `num_sent`-th image, which takes it most of a second."""
+    wait_until(lambda: (process := child._process) is not None and process.pid not in others)
+    wait_until(lambda: child._num_sent == num_sent and _has_read_all(child))
+    victim = pid_of(child)
+    os.kill(victim, number)
+    return victim
+
+
 def test_a_child_that_was_killed_while_it_had_no_image_costs_none(child: Child) -> None:
     check_it_still_works(child)
-    victim = pid_of(child)
-    os.kill(victim, signal.SIGKILL)
-    wait_until(lambda: is_dead(victim))
+    victim = _kill_idle(child)
     check_it_still_works(child)
     assert pid_of(child) != victim
 
@@ -125,40 +145,58 @@ def test_a_child_that_was_killed_while_it_had_no_image_costs_none(child: Child) 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
 def test_an_image_that_a_killed_child_had_is_made_by_another(child: Child, number: signal.Signals) -> None:
     check_it_still_works(child)
-    victim = pid_of(child)
-    os.kill(victim, signal.SIGSTOP)  # so that it has the image, and has not answered
+    idle = _kill_idle(child)  # which is another matter
     with ThreadPoolExecutor(1) as threads:
-        made = threads.submit(check_it_still_works, child)
-        wait_until(lambda: _num_unread_bytes(child) > 0)
-        os.kill(victim, number)
-        os.kill(victim, signal.SIGCONT)
-        made.result()
-    assert pid_of(child) != victim
+        made = threads.submit(child.make_picture, SLOW)
+        victim = _kill_decoding(child, number, 1, idle)
+        pixels, facts = made.result()
+    expected, expected_facts = make_picture(SLOW, RECIPE)
+    np.testing.assert_array_equal(pixels, expected)
+    assert facts == expected_facts
+    assert pid_of(child) not in (idle, victim)
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_OOM)]
+    ("number", "kind"), [(signal.SIGSEGV, FailureKind.DECODE_CRASH), (signal.SIGKILL, FailureKind.DECODE_KILLED)]
 )
 def test_an_image_with_which_two_children_die_is_a_failure(
     child: Child, number: signal.Signals, kind: FailureKind
 ) -> None:
     check_it_still_works(child)
-    slow, victims = large(7000), [pid_of(child)]
-    os.kill(victims[0], number)
     with ThreadPoolExecutor(1) as threads:
-        failed = threads.submit(kind_of, child, slow)
-        wait_until(lambda: (process := child._process) is not None and process.pid != victims[0])
-        wait_until(lambda: child._num_sent == 1)  # of this child; it takes a second to decode
-        victims.append(pid_of(child))
-        os.kill(victims[1], number)
+        failed = threads.submit(kind_of, child, SLOW)
+        first = _kill_decoding(child, number, 2)
+        second = _kill_decoding(child, number, 1, first)
         assert failed.result() is kind
     check_it_still_works(child)
-    assert pid_of(child) not in victims
+    assert pid_of(child) not in (first, second)
 
 
-def test_a_child_that_cannot_start_is_no_failure_of_an_image(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_child_that_cannot_start_is_started_again_and_is_no_failure_of_an_image(
+    child: Child, monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    popen, num_forks = subprocess.Popen, itertools.count(1)
+
+    def short_of_processes(*arguments: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        if next(num_forks) <= num_failures:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return popen(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", short_of_processes)
+    if num_failures == 2:
+        with pytest.raises(
+            LabelBucketError, match=r"found none that starts: .* Resource temporarily unavailable; look"
+        ):
+            child.make_picture(GOOD)
+    check_it_still_works(child)
+
+
+def test_a_child_that_ends_while_it_starts_is_no_failure_of_an_image(
+    child: Child, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(LabelBucketError, match="it ended with exit code 1 while it started, twice"):
+    with pytest.raises(LabelBucketError, match="found none that starts: it ended with exit code 1; look"):
         child.make_picture(GOOD)
     monkeypatch.undo()
     check_it_still_works(child)
