@@ -157,7 +157,7 @@ class Predictor:
         return size // 2
 
     def _set_size(self, num_images: int) -> None:
-        """Of a forward pass, and of fewer where compiling runs out of memory."""
+        """Images of a forward pass, and fewer where the GPU's memory is too small for a compiled one."""
         self.shape_BHWC = (num_images, *self.shape_BHWC[1:])
         self._forward: Forward = self.classifier  # and not a graph, which has memory, before the other one is there
         if self.classifier.device.type == "cuda":
@@ -168,10 +168,12 @@ class Predictor:
         try:
             self._forward = compiled(self.classifier, self.shape_BHWC)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not _is_out_of_gpu_memory(error):
                 raise
             failure = describe(error)
-        if failure:
+        if failure and num_images == 1:
+            _log.warning("torch.compile: %s; going on without, which is slower", failure)
+        elif failure:
             self._set_size(self._half(failure))
 
 
@@ -197,7 +199,7 @@ def _event(device: torch.device) -> Any:
 
 def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
     """`classifier` compiled for pixels of this shape, and on a GPU launched as one graph; itself, with a warning, where
-    that fails but for memory. What it returns is overwritten by its next call.
+    that fails but for the GPU's memory. What it returns is overwritten by its next call.
     """
     try:
         # Not a tensor of inference mode, for which all would be compiled once more.
@@ -209,7 +211,7 @@ def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
             classifier(given_BHWC)  # or what only the first pass does would be compiled, and compiled again without
             forward(given_BHWC)
     except Exception as error:  # of a compiler, whichever it is and whatever it lacks
-        if is_out_of_memory(error):
+        if _is_out_of_gpu_memory(error):
             raise
         _log.warning("torch.compile: %s; going on without, which is slower", describe(error))
         return classifier
@@ -218,7 +220,7 @@ def compiled(classifier: Classifier, shape_BHWC: tuple[int, ...]) -> Forward:
 
 def _as_graph(forward: Forward, given_BHWC: torch.Tensor) -> Forward:
     """`forward` as a CUDA graph: to launch its hundred kernels takes 4.7 ms of a core, of the 7.8 ms that 256 images
-    take on an H200 with DeiT-small. Itself, with a warning, where that fails but for memory.
+    take on an H200 with DeiT-small. Itself, with a warning, where that fails but for the GPU's memory.
     """
     try:
         graph = torch.cuda.CUDAGraph()
@@ -226,7 +228,7 @@ def _as_graph(forward: Forward, given_BHWC: torch.Tensor) -> Forward:
         with torch.inference_mode(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = forward(given_BHWC)
     except Exception as error:  # of a driver, for whatever reason
-        if is_out_of_memory(error):
+        if _is_out_of_gpu_memory(error):
             raise
         _log.warning("CUDA graph: %s; going on without, which is slower", describe(error))
         return forward
@@ -259,6 +261,13 @@ def batch_size_for(free_bytes: int, bytes_per_image: float, most: int) -> int:
     """The largest power of two, from 1 to `most`, whose images take half of the free memory."""
     num_fitting = int(free_bytes / 2 / bytes_per_image)
     return min(most, 1 << max(0, num_fitting.bit_length() - 1))
+
+
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    """Whether it was, also where the compiler wraps it. Fewer images do not help where the compiler itself runs out of
+    the host's.
+    """
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -39,6 +39,7 @@ _STAGES = {
     "model": "The model",
     "decoding": "Decoding",
     "storage": "Storage",
+    "writing": "Writing parts",
 }
 
 _log = logging.getLogger(__name__)

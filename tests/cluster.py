@@ -66,7 +66,11 @@ class Head:
 
     def command_lines(self) -> str:
         """Of every process."""
-        return "\n".join((Path("/proc") / str(pid) / "cmdline").read_text() for pid in self.processes(""))
+        texts = []
+        for pid in self.processes(""):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                texts.append((Path("/proc") / str(pid) / "cmdline").read_text())
+        return "\n".join(texts)
 
     def log_files(self) -> list[Path]:
         """Everything that the cluster and its workers logged."""

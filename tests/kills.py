@@ -137,7 +137,8 @@ class Kills:
         do()
         self.staged.look()
         assert self.num_in_flight() > 0, "nothing was in flight"
-        self.lose()
+        if what != "child":  # a worker knows which image that had
+            self.lose()
         self.counts[what] += 1
         if what in ("child", "worker", "actor", "wave", "node", "head", "driver"):
             effort.COUNTS["kills survived"] += 1

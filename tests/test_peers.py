@@ -45,7 +45,7 @@ def test_cpu_time_of_a_session_holds_that_of_children_which_have_ended() -> None
 
 
 @pytest.mark.slow
-def test_the_bare_loops_are_compared_and_agree(tmp_path: Path) -> None:
+def test_the_bare_loops_are_run_and_compared(tmp_path: Path) -> None:
     photos, note = tmp_path / "photos", tmp_path / "note.md"
     photos.mkdir()
     for number in range(4):

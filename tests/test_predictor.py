@@ -181,6 +181,20 @@ def test_a_call_that_filled_a_micro_batch_before_another_one_halved_them_fills_i
     np.testing.assert_array_equal(ids, plain.label_ids_Bk)
 
 
+def test_a_compiled_pass_that_has_no_memory_for_one_image_is_done_without(
+    found: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_memory(_part: Any, _given: torch.Tensor) -> Any:
+        raise RuntimeError("backend='inductor' raised: CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_memory)
+    classifier = model.load(found, _spec(found), pooling="pooled", device="cpu", precision="fp32")
+    predict = predictor.Predictor(classifier, (2, found.input_px, found.input_px, 3), is_compiled=True)
+    assert (predict.is_compiled, predict.shape_BHWC[0]) == (False, 1)
+    assert "out of memory with 2 images per forward pass: going on with 1" in caplog.text
+    assert "CUDA out of memory. Tried to allocate; going on without, which is slower" in caplog.text
+
+
 def test_a_compiled_pass_that_has_too_little_memory_is_compiled_for_half_as_many_images(
     found: checkpoint.Checkpoint,
     images: npt.NDArray[np.uint8],

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import browser
 import images
@@ -26,7 +26,7 @@ from test_sheet import COLOURS, ODD, Page
 
 from pipeline import drift, log, past_runs, report, samples, storage
 from pipeline.log import Entry
-from pipeline.progress import Report
+from pipeline.progress import ADVICE, Report, Stage
 from pipeline.storage import ObjectInfo
 
 BAD_KEY = "odd/\"><img src=x onerror='alert(1)'>\u202e<script>.png"
@@ -333,3 +333,7 @@ def test_show_run_names_the_runs_there_are_where_none_is_meant(tmp_path: Path) -
     assert (done.returncode, "expected --run RUN_ID" in done.stderr) == (2, True)
     done = show_run("--output", str(tmp_path), "--run", run_ids[0], "--html", str(tmp_path / "none" / "x.html"))
     assert (done.returncode, "left no report.json" in done.stderr) == (2, True)
+
+
+def test_each_stage_that_can_be_the_limit_has_its_advice_and_its_name_on_the_page() -> None:
+    assert ADVICE.keys() == report._STAGES.keys() == {*get_args(Stage)}
