@@ -79,7 +79,7 @@ class Kills:
 
     def reads(self) -> Counter[str]:
         """How often each object was read before the run was published: afterwards its page shows some of them."""
-        published = re.compile(rf"/{self.output.bucket}/{self.output.prefix}_log/\d+\.json")
+        published = re.compile(rf"/{self.output.bucket}/{re.escape(self.output.prefix)}_log/\d+\.json")
         requests = itertools.takewhile(
             lambda each: each[0] != "PUT" or not published.fullmatch(each[1].partition("?")[0]),
             self._s3.requests[self._requests_before :],

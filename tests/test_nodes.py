@@ -16,7 +16,7 @@ import pytest
 import verifier
 from cluster import Head, Node, only, running_head, wait_until
 from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, is_dead, label_undisturbed, watched
-from servers import S3Server, Storm
+from servers import Fault, S3Server, Storm
 from verifier import Place, Reader
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -250,14 +250,21 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
     assert findings + reader.findings + verifier.check_labels(little, few, model, 20) == []
 
 
-@pytest.mark.usefixtures("slow_reads")
 def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_bringing_it_back_resumes(
-    lasting_cluster: Cluster, source: Place, model: Path, undisturbed: Place, kills: Kills, tmp_path: Path
+    lasting_cluster: Cluster,
+    source: Place,
+    model: Path,
+    undisturbed: Place,
+    kills: Kills,
+    faults: list[Fault],
+    tmp_path: Path,
 ) -> None:
     cluster = lasting_cluster
     moving = tmp_path / "model"
     shutil.copytree(model, moving)
-    flags = (*options(source, kills, moving)[:-1], "--gpu-actors=1")  # of two, the other one may do all the rest
+    # Of two actors, the other one may do all the rest.
+    flags = (*options(source, kills, moving)[:-1], "--gpu-actors=1", "--object-deadline-s=120")
+    faults.append(held := Fault.always(503, "GET", max(source.etags())))  # its unit needs an actor later
     with watched(kills, source, undisturbed, model, cluster, MAX_S):
         with cluster.head.start_label_bucket(*flags) as driver:
             kills.wait_for_work(driver.poll)
@@ -269,6 +276,8 @@ def test_a_checkpoint_that_vanishes_ends_the_run_once_an_actor_needs_it_and_brin
         kills.lose()
         assert str(moving) in printed
         assert "Traceback" not in printed
+        held.times = 0
+        kills.num_read_twice = held.num_hits
         (tmp_path / "elsewhere").rename(moving)
         done = cluster.head.label_bucket(*flags)
         assert done.returncode == 0, done.stderr
