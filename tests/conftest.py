@@ -96,6 +96,13 @@ def faults(s3: S3Server) -> Iterator[list[Fault]]:
 
 
 @pytest.fixture
+def weather(s3: S3Server) -> Iterator[S3Server]:
+    """The server, whose storm ends with the test."""
+    yield s3
+    s3.storm = None
+
+
+@pytest.fixture
 def photos_dir() -> Path:
     """The operator's folder of photographs; the test is skipped where there is none."""
     folder = os.environ.get("LABEL_BUCKET_PHOTOS")

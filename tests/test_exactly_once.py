@@ -20,6 +20,7 @@ from servers import Kind, S3Server, Storm
 from test_faults import GET_KINDS, LIST_KINDS, PUT_KINDS
 from verifier import Place
 
+pytestmark = pytest.mark.usefixtures("weather")
 NUM_OBJECTS = 1600
 MIN_KILLS, MIN_FAULTS = 25, 200
 SEED = 20261125
@@ -31,13 +32,6 @@ NUM_ASKING = 5
 def source(s3: S3Server) -> Place:
     """1,600 drawn pictures, some of them broken."""
     return fill_with_pictures(s3, "once", NUM_OBJECTS, seed=11)
-
-
-@pytest.fixture(autouse=True)
-def calm_afterwards(s3: S3Server) -> Iterator[None]:
-    """Whatever became of a test."""
-    yield
-    s3.storm = None
 
 
 @pytest.fixture(scope="module")

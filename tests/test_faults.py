@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,13 +27,6 @@ LIST_KINDS: tuple[Kind, ...] = (503, 500, 429, "slow_down_html", "error_in_200",
 MIN_HITS = 10
 """Of each kind: one that fires less often has not been tried."""
 SEED = 20261125
-
-
-@pytest.fixture
-def weather(s3: S3Server) -> Iterator[S3Server]:
-    """The server, whose storm ends with the test."""
-    yield s3
-    s3.storm = None
 
 
 def check_every_kind_fired(storm: Storm) -> None:

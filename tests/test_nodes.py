@@ -19,7 +19,7 @@ from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, i
 from servers import Fault, S3Server, Storm
 from verifier import Place, Reader
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("weather")]
 
 NUM_OBJECTS = 1200
 MAX_S = 300
@@ -82,13 +82,6 @@ def lasting_cluster(s3: S3Server) -> Iterator[Cluster]:
     """For tests after which all its nodes are there."""
     with three_nodes(s3) as cluster:
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def calm_afterwards(s3: S3Server) -> Iterator[None]:
-    """Whatever became of a test."""
-    yield
-    s3.storm = None
 
 
 @pytest.fixture
