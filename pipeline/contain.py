@@ -1,8 +1,8 @@
 """The same picture, made in a child process that may crash, hang or grow: it takes only the guilty image with it.
 
-In: encoded bytes, one image at a time. Out: what `picture.make_picture` gives, or an ImageError that says how the child
-ended. A module of its own because a codec cannot be stopped from within: a segmentation fault or an endless loop would
-end or block the worker, and the engine would try the same unit again for ever.
+In: encoded bytes of one or a few images. Out: what `picture.make_picture` gives, or an ImageError that says how the
+child ended. A module of its own because a codec cannot be stopped from within: a segmentation fault or an endless loop
+would end or block the worker, and the engine would try the same unit again for ever.
 
 The child is a program of its own (no fork: locks and clients of the worker must not be copied), lives as long as the
 worker does, and is told its limits by the kernel: address space, processor time per image, no core files. Bytes and
@@ -23,9 +23,11 @@ import struct
 import subprocess
 import sys
 import time
+from array import array
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +40,10 @@ from pipeline.picture import Facts, Recipe, make_picture
 
 # A child for every core: one thread each, which also reserve address space of their own.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+MAX_IMAGES = 8
+"""Handed over at once: saves a few wake-ups of both processes, and memory and work done twice stay small."""
 MAX_START_S = 300
+_LENGTH = "Q"
 _PROGRAM = "import sys; from pipeline import contain; contain.serve(*map(int, sys.argv[1:]))"
 
 
@@ -66,31 +71,57 @@ class Child:
         if len(data) > self._recipe.limits.max_bytes:
             raise too_large(len(data), self._recipe.limits)
         try:
-            return self._ask(*self._started(), data)
+            pixels, (result,) = self._ask(*self._started(), [data])
         except _DiedError:
-            pass
-        try:
-            return self._ask(*self._started(), data)
-        except _DiedError as death:
-            raise ImageError(death.kind, str(death), stage="decode") from None
+            try:
+                pixels, (result,) = self._ask(*self._started(), [data])
+            except _DiedError as death:
+                raise ImageError(death.kind, str(death), stage="decode") from None
+        if isinstance(result, ImageError):
+            raise result
+        return pixels[0].copy(), result
 
-    def _ask(self, pipe: Connection, shared: "_Shared", data: bytes) -> tuple[npt.NDArray[np.uint8], Facts]:
+    def make_pictures(self, images: Sequence[bytes]) -> tuple[npt.NDArray[np.uint8], list[Facts | ImageError]]:
+        """Pixels, uint8 (len(images), input_px, input_px, 3), and facts or failure of each of at most MAX_IMAGES
+        images. Pixels hold until the next call, and are anything where there is a failure.
+
+        Handed over together, which is cheaper, and made again one by one, as `make_picture` does, if that child dies or
+        takes too long, because nobody knows with which of them.
+        """
+        if sum(map(len, images)) <= self._recipe.limits.max_bytes:
+            with contextlib.suppress(_DiedError, ImageError):
+                return self._ask(*self._started(), images)
+        edge_px = self._recipe.spec.input_px
+        pixels = np.empty((len(images), edge_px, edge_px, 3), np.uint8)
+        results: list[Facts | ImageError] = []
+        for index, data in enumerate(images):
+            try:
+                pixels[index], facts = self.make_picture(data)
+                results.append(facts)
+            except ImageError as error:
+                results.append(error)
+        return pixels, results
+
+    def _ask(
+        self, pipe: Connection, shared: "_Shared", images: Sequence[bytes]
+    ) -> tuple[npt.NDArray[np.uint8], list[Facts | ImageError]]:
+        """As `make_pictures`, by this child. Raises ImageError if it took too long, and is ended."""
         try:
             self._num_sent += 1
-            shared.encoded[: len(data)] = data
-            pipe.send_bytes(_LENGTH.pack(len(data)))
-            facts = _facts(pipe.recv_bytes(), self._num_sent)
-            return shared.pixels.copy(), facts
+            end = 0
+            for data in images:
+                begin, end = end, end + len(data)
+                shared.encoded[begin:end] = data
+            pipe.send_bytes(array(_LENGTH, map(len, images)).tobytes())
+            return shared.pixels[: len(images)], _results(pipe.recv_bytes(), self._num_sent, len(images))
         except BlockingIOError:
             self.close()
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
             raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise self._ending() from None
-        except ImageError:
-            raise
         except BaseException:
-            self.close()  # what is left of this answer must not be read as that of the next image
+            self.close()  # what is left of this answer must not be read as that of the next images
             raise
 
     def close(self) -> None:
@@ -175,20 +206,17 @@ class _DiedError(Exception):
         self.kind = kind
 
 
-_LENGTH = struct.Struct("@Q")
-
-
 class _Shared:
-    """Memory of the worker and its child: an image on its way there, and the pixels on their way back. Its pages are
-    real once they are written: room for the largest image allowed costs nothing."""
+    """Memory of the worker and its child: images back to back on their way there, and pixels on their way back. Its
+    pages are real once they are written: room for the largest image allowed costs nothing."""
 
     def __init__(self, fileno: int, recipe: Recipe) -> None:
         edge_px, max_bytes = recipe.spec.input_px, recipe.limits.max_bytes
-        num_bytes = max_bytes + edge_px * edge_px * 3
+        num_bytes = max_bytes + MAX_IMAGES * edge_px * edge_px * 3
         os.ftruncate(fileno, num_bytes)
         memory = memoryview(mmap.mmap(fileno, num_bytes))
         self.encoded = memory[:max_bytes]
-        self.pixels = np.frombuffer(memory[max_bytes:], np.uint8).reshape(edge_px, edge_px, 3)
+        self.pixels = np.frombuffer(memory[max_bytes:], np.uint8).reshape(MAX_IMAGES, edge_px, edge_px, 3)
 
 
 @functools.lru_cache(maxsize=len(get_args(PreprocessMode)))
@@ -208,28 +236,32 @@ def serve(fileno: int, memory_fileno: int) -> None:
         _limit_address_space(recipe.limits.max_address_bytes)
         pipe.send_bytes(b"ready")
         for number in itertools.count(1):
-            (num_bytes,) = _LENGTH.unpack(pipe.recv_bytes())
-            data = bytes(shared.encoded[:num_bytes])
-            _limit_cpu_time(recipe.limits.max_cpu_s)
-            try:
-                shared.pixels[:], facts = make_picture(data, recipe)
-            except ImageError as error:
-                pipe.send_bytes(_json(number=number, kind=error.kind, message=str(error)))
-                continue
-            pipe.send_bytes(_json(number=number, size_px=facts.size_px, stats=facts.stats))
+            results: list[dict[str, Any]] = []
+            end = 0
+            for index, num_bytes in enumerate(array(_LENGTH, pipe.recv_bytes())):
+                begin, end = end, end + num_bytes
+                _limit_cpu_time(recipe.limits.max_cpu_s)
+                try:
+                    shared.pixels[index], facts = make_picture(bytes(shared.encoded[begin:end]), recipe)
+                    results.append({"size_px": facts.size_px, "stats": facts.stats})
+                except ImageError as error:
+                    results.append({"kind": error.kind, "message": str(error)})
+            pipe.send_bytes(json.dumps({"number": number, "results": results}).encode())
 
 
-def _json(**values: object) -> bytes:
-    return json.dumps(values).encode()
-
-
-def _facts(answer: bytes, number: int) -> Facts:
-    """What the child says of a picture. JSON: a child that an image has taken over must not reach the worker."""
+def _results(answer: bytes, number: int, num_images: int) -> list[Facts | ImageError]:
+    """What the child says of pictures. JSON: a child that an image has taken over must not reach the worker."""
     values = json.loads(answer)
     if values["number"] != number:
-        raise ValueError(f"expected the decoder's answer to image {number}, found that to image {values['number']}")
+        raise ValueError(f"expected the decoder's answer to question {number}, found that to {values['number']}")
+    if len(values["results"]) != num_images:
+        raise ValueError(f"expected {num_images} results of the decoder, found {len(values['results'])}")
+    return [_result(each) for each in values["results"]]
+
+
+def _result(values: dict[str, Any]) -> Facts | ImageError:
     if "kind" in values:
-        raise ImageError(FailureKind(values["kind"]), str(values["message"]), stage="decode")
+        return ImageError(FailureKind(values["kind"]), str(values["message"]), stage="decode")
     width_px, height_px = map(int, values["size_px"])
     return Facts((width_px, height_px), values["stats"] and ImageStats(*values["stats"]))
 

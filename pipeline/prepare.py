@@ -18,6 +18,8 @@ from pipeline.fetch import fetch
 from pipeline.picture import Facts, Recipe
 from pipeline.storage import ObjectInfo, Source
 
+_BATCH_BYTES = 4 * 2**20
+
 
 def prepare_unit(store: Source, objects: pa.Table, recipe: Recipe, *, deadline_s: float) -> tuple[pa.Table, float]:
     """`objects` (schema.OBJECTS) as schema.DECODED, and the seconds the task spent decoding and preprocessing.
@@ -56,24 +58,40 @@ def prepare_encoded(
 ) -> tuple[pa.Table, float]:
     """The half of `prepare_unit` that needs no store: the same result, from (row, bytes or failure) in any order.
 
-    Every row of `objects` must come; where one comes twice, the last holds.
+    Every row of `objects` must come, and may come again after a failure, which then no longer holds.
     """
     edge_px = recipe.spec.input_px
     pixels = np.empty((len(objects), edge_px, edge_px, 3), np.uint8)
     results: dict[int, Facts | ImageError] = {}
     child = contain.child_of(recipe)
     busy_s = 0.0
-    for row, data in encoded:
-        if isinstance(data, ImageError):
-            results[row] = data
+    for batch in _batches(encoded):
+        results |= {row: data for row, data in batch if isinstance(data, ImageError)}
+        images = {row: data for row, data in batch if isinstance(data, bytes)}
+        if not images:
             continue
         started_s = time.perf_counter()
-        try:
-            pixels[row], results[row] = child.make_picture(data)
-        except ImageError as error:
-            results[row] = error
+        made, outcomes = child.make_pictures(list(images.values()))
+        pixels[list(images)] = made
         busy_s += time.perf_counter() - started_s
+        results |= zip(images, outcomes, strict=True)
     return _decoded(objects, [results[row] for row in range(len(objects))], pixels), busy_s
+
+
+def _batches(
+    encoded: Iterable[tuple[int, bytes | ImageError]],
+) -> Iterator[list[tuple[int, bytes | ImageError]]]:
+    """As many at once as a child takes, unless they are large: then handing over costs little and memory more."""
+    batch: list[tuple[int, bytes | ImageError]] = []
+    num_bytes = 0
+    for row, data in encoded:
+        batch.append((row, data))
+        num_bytes += len(data) if isinstance(data, bytes) else 0
+        if len(batch) == contain.MAX_IMAGES or num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _decoded(objects: pa.Table, results: list[Facts | ImageError], pixels: np.ndarray) -> pa.Table:

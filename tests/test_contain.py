@@ -11,9 +11,10 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,12 +25,12 @@ from checkpoints import squash_spec
 from cluster import wait_until
 from PIL import Image
 
-from pipeline import contain
+from pipeline import contain, decode
 from pipeline.checkpoint import PreprocessMode
 from pipeline.contain import Child
 from pipeline.decode import DEFAULT_LIMITS, DecodeLimits
 from pipeline.errors import FailureKind, ImageError, LabelBucketError
-from pipeline.picture import Recipe, make_picture
+from pipeline.picture import Facts, Recipe, make_picture
 
 RECIPE = Recipe(spec=squash_spec(24), limits=DEFAULT_LIMITS, has_stats=True)
 GOOD = next(iter(images.samples().values()))
@@ -96,6 +97,73 @@ def test_every_sample_gives_what_it_gives_without_a_child(child: Child) -> None:
         pixels, facts = child.make_picture(data)
         np.testing.assert_array_equal(pixels, expected[0], err_msg=name)
         assert facts == expected[1], name
+
+
+Outcome = tuple[bytes | None, Facts | str]
+"""Pixels and facts, or no pixels and the failure's text."""
+
+
+def outcome(make: Callable[[], tuple[Any, Facts]]) -> Outcome:
+    try:
+        pixels, facts = make()
+        return pixels.tobytes(), facts
+    except ImageError as error:
+        return None, f"{error.kind}: {error}"
+
+
+def check_together(
+    child: Child, samples: Sequence[bytes], expected: Sequence[tuple[bytes | None, Facts | str]]
+) -> None:
+    """What it makes of all of them at once."""
+    pixels, results = child.make_pictures(samples)
+    assert [
+        (None, f"{result.kind}: {result}") if isinstance(result, ImageError) else (pixels[index].tobytes(), result)
+        for index, result in enumerate(results)
+    ] == list(expected)
+
+
+def test_images_that_are_handed_over_together_give_what_each_gives_alone(child: Child) -> None:
+    samples = [*images.samples().values(), b"\xff\xd8\xff", b"", b"text", GOOD]
+    expected = [outcome(partial(make_picture, data, RECIPE)) for data in samples]
+    check_together(child, [GOOD], [expected[-1]])
+    first = pid_of(child)
+    for begin in range(0, len(samples), contain.MAX_IMAGES):
+        window = slice(begin, begin + contain.MAX_IMAGES)
+        check_together(child, samples[window], expected[window])
+    assert pid_of(child) == first
+    assert child._num_sent == 1 + -(-len(samples) // contain.MAX_IMAGES)
+
+
+def test_images_with_which_a_child_was_killed_are_made_one_by_one(child: Child) -> None:
+    expected = [outcome(partial(make_picture, data, RECIPE)) for data in (GOOD, SLOW, b"text")]
+    check_it_still_works(child)
+    with ThreadPoolExecutor(1) as threads:
+        checked = threads.submit(check_together, child, [GOOD, SLOW, b"text"], expected)
+        victim = _kill_decoding(child, signal.SIGKILL, 2)
+        checked.result()
+    assert pid_of(child) != victim
+    assert child._num_sent == 3
+
+
+def test_of_images_that_are_handed_over_together_only_the_guilty_one_fails() -> None:
+    child = child_with(replace(DEFAULT_LIMITS, max_cpu_s=0, max_pixels=200_000_000))
+    good = outcome(partial(make_picture, GOOD, RECIPE))[0]
+    pixels, results = child.make_pictures([GOOD, large(12_000), GOOD])
+    assert [result.kind if isinstance(result, ImageError) else "made" for result in results] == [
+        "made",
+        FailureKind.DECODE_TIMEOUT,
+        "made",
+    ]
+    assert [pixels[0].tobytes(), pixels[2].tobytes()] == [good, good]
+    child.close()
+
+
+def test_images_that_do_not_fit_together_are_made_one_by_one() -> None:
+    child = child_with(replace(DEFAULT_LIMITS, max_bytes=len(GOOD)))
+    good = outcome(partial(make_picture, GOOD, RECIPE))
+    too_large = f"{FailureKind.TOO_LARGE}: {decode.too_large(len(GOOD) + 1, child._recipe.limits)}"
+    check_together(child, [GOOD, GOOD + b"1", GOOD], [good, (None, too_large), good])
+    child.close()
 
 
 def test_one_child_makes_many_pictures(child: Child) -> None:
@@ -247,6 +315,6 @@ def test_a_child_ends_when_its_worker_does(child: Child) -> None:
 def test_an_answer_to_another_image_is_never_taken(child: Child) -> None:
     check_it_still_works(child)
     child._num_sent += 1
-    with pytest.raises(ValueError, match="expected the decoder's answer to image"):
+    with pytest.raises(ValueError, match="expected the decoder's answer to question"):
         child.make_picture(GOOD)
     check_it_still_works(child)

@@ -1,4 +1,5 @@
-"""What the killable child costs: the same photos prepared in it and in this process, one after the other, alternating.
+"""What the killable child costs: the same photos prepared in it, one by one and a few at once, and in this process, all
+in turn.
 
 python tests/benchmarks/containment.py --photos FOLDER --rounds 5
 """
@@ -8,7 +9,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoints import squash_spec
 
-from pipeline.contain import Child
+from pipeline.contain import MAX_IMAGES, Child
 from pipeline.decode import DEFAULT_LIMITS
 from pipeline.picture import Recipe, make_picture
 
@@ -32,25 +33,34 @@ def main() -> None:
     options = parser.parse_args()
     photos = [path.read_bytes() for path in sorted(options.photos.rglob("*")) if path.is_file()]
     recipe = Recipe(spec=SPEC, limits=DEFAULT_LIMITS)
-    walls_s: dict[str, list[float]] = {"in this process": [], "in a child": []}
+    walls_s: dict[str, list[float]] = {"in this process": [], "in a child": [], f"{MAX_IMAGES} at once to it": []}
     for _ in range(options.rounds + 1):  # the first one warms up
         child = Child(recipe)
         child.make_picture(photos[0])
-        walls_s["in this process"].append(_wall_s(lambda data: make_picture(data, recipe), photos))
-        walls_s["in a child"].append(_wall_s(child.make_picture, photos))
+        batches = [photos[begin : begin + MAX_IMAGES] for begin in range(0, len(photos), MAX_IMAGES)]
+        ways: list[tuple[Callable[[Any], Any], Sequence[Any]]] = [
+            (lambda data: make_picture(data, recipe), photos),
+            (child.make_picture, photos),
+            (child.make_pictures, batches),
+        ]
+        for each_s, (make, inputs) in zip(walls_s.values(), ways, strict=True):
+            each_s.append(_wall_s(make, inputs))
         child.close()
+    own_s = walls_s["in this process"]
     for name, values in walls_s.items():
         median_s = statistics.median(values[1:])
-        print(f"{name:16} {len(photos) / median_s:6.1f} images/s, {median_s / len(photos) * 1e3:.2f} ms per image")
-    ratios = [child_s / own_s for own_s, child_s in zip(*walls_s.values(), strict=True)][1:]
-    print(f"ratio            {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        ratios = [each_s / base_s for each_s, base_s in zip(values, own_s, strict=True)][1:]
+        print(
+            f"{name:16} {len(photos) / median_s:6.1f} images/s, {median_s / len(photos) * 1e3:.2f} ms per image,"
+            f" ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
     print(f"peak of a child  {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB")
 
 
-def _wall_s(make: Callable[[bytes], Any], photos: list[bytes]) -> float:
+def _wall_s(make: Callable[[Any], Any], inputs: Sequence[Any]) -> float:
     started_s = time.perf_counter()
-    for data in photos:
-        make(data)
+    for each in inputs:
+        make(each)
     return time.perf_counter() - started_s
 
 
