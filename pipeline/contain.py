@@ -147,7 +147,12 @@ class Child:
             try:
                 return self._start()
             except (OSError, EOFError) as error:
-                how = str(error) if self._process is None else f"it ended with {self._ending_text()}"
+                if self._process is None:
+                    how = str(error)
+                elif isinstance(error, BlockingIOError):
+                    how = f"it was not ready in {MAX_START_S:g} s"
+                else:
+                    how = f"it ended with {self._ending_text()}"
                 self.close()
                 raise LabelBucketError(
                     f"expected a process that decodes, found none that starts: {how}; look at memory and limits of"

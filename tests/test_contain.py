@@ -270,6 +270,14 @@ def test_a_child_that_ends_while_it_starts_is_no_failure_of_an_image(
     check_it_still_works(child)
 
 
+def test_a_child_that_is_never_ready_is_no_failure_of_an_image(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contain, "MAX_START_S", 0.01)
+    with pytest.raises(LabelBucketError, match=r"found none that starts: it was not ready in 0\.01 s; look"):
+        child.make_picture(GOOD)
+    monkeypatch.undo()
+    check_it_still_works(child)
+
+
 def test_a_child_that_hangs_and_does_not_even_read_is_ended_at_the_wall_clock() -> None:
     child = child_with(replace(DEFAULT_LIMITS, max_wall_s=0.5))
     with pytest.raises(ImageError, match="found 0 bytes"):  # which starts it
