@@ -185,6 +185,13 @@ class AgainError(Exception):
         self.because = because
 
 
+def may_pass(status: int) -> bool:
+    """Whether the same request may be answered otherwise in a minute; 0 stands for no answer. What a store has not
+    (501; conditional creation is such a thing) will not be there then either.
+    """
+    return status in (0, 408, 409, 425, 429) or (status >= 500 and status != 501)
+
+
 def cause_of_status(status: int) -> RepeatCause:
     """Why a request with this HTTP status is asked again; 0 stands for none."""
     if status in (429, 503):

@@ -12,7 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import store
-from pipeline.errors import AbsentError, ChangedError, ConfigError, ForbiddenError
+from pipeline.errors import AbsentError, ChangedError, ConfigError, ForbiddenError, SourceError
 from pipeline.store import AgainError, ObjectInfo, describe, reread_unstable, until_deadline
 
 _T = TypeVar("_T")
@@ -179,6 +179,8 @@ def _translate(error: Exception, what: str) -> Exception:
         return ChangedError(f"{what}: it is no longer the object that was listed")
     if status is None and isinstance(error, TimeoutError):
         return AgainError("no complete answer in time", "timeout")
+    if status is not None and status >= 400 and not store.may_pass(status):
+        return SourceError(f"{what}: refused ({status}): {describe(error)}")
     return AgainError(describe(error), store.cause_of_status(status or 0))
 
 

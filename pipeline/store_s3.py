@@ -100,9 +100,7 @@ def _translate(error: BaseException, what: str) -> Exception:
         return _PreconditionError(code)
     if status in (401, 403):
         return ForbiddenError(f"{what}: access denied ({code or status}); check the identity's policy and the URL")
-    # 501: what a store has not will not be there in a minute either. Conditional creation is such a thing.
-    may_pass = status in (0, 408, 409, 425, 429) or (status >= 500 and status != 501)
-    if may_pass or code in ("RequestTimeout", "ExpiredToken", "SlowDown"):
+    if store.may_pass(status) or code in ("RequestTimeout", "ExpiredToken", "SlowDown"):
         return AgainError(f"{status} {code}", _CAUSES.get(code) or store.cause_of_status(status))
     return SourceError(f"{what}: refused ({status} {code}): {describe(cause)}")
 

@@ -175,6 +175,7 @@ def _forget_clients() -> None:
         (401, ForbiddenError),
         (403, ForbiddenError),
         (404, AbsentError),
+        (501, SourceError),
         (503, UnavailableError),
         (None, UnavailableError),
     ],

@@ -502,6 +502,8 @@ def test_a_web_server_at_a_link_local_address_is_refused_before_any_request(host
         (401, ForbiddenError),
         (403, ForbiddenError),
         (404, AbsentError),
+        (410, SourceError),
+        (501, SourceError),
         (429, UnavailableError),
         (500, UnavailableError),
         (503, UnavailableError),
