@@ -62,7 +62,10 @@ class Staged:
 class Kills:
     """The kills of one run over `source`, which nobody else reads meanwhile; `undisturbed` is the output of another."""
 
-    def __init__(self, s3: S3Server, source: Place, output: Place, undisturbed: Place) -> None:
+    def __init__(
+        self, s3: S3Server, source: Place, output: Place, undisturbed: Place, *, last_commit: int | None = None
+    ) -> None:
+        """`last_commit`: the number of the one that ends it; None: the first one that is made."""
         self.staged = Staged(output)
         self.output = output
         self.counts = Counter[str]()
@@ -72,6 +75,8 @@ class Kills:
         """Reads that something else explains."""
         self.secrets = s3.secrets
         """Of the cluster, which must be found nowhere."""
+        number = r"\d+" if last_commit is None else f"{last_commit:08d}"
+        self._published = re.compile(rf"/{output.bucket}/{re.escape(output.prefix)}_log/{number}\.json")
         self._s3, self._num_units, self._requests_before = s3, Staged(undisturbed).look(), len(s3.requests)
         self.source_prefix = f"/{source.bucket}/{source.prefix}"
         self._strikes: list[tuple[Set[str], Counter[str]]] = [(frozenset(), Counter())]
@@ -79,9 +84,8 @@ class Kills:
 
     def reads(self) -> Counter[str]:
         """How often each object was read before the run was published: afterwards its page shows some of them."""
-        published = re.compile(rf"/{self.output.bucket}/{re.escape(self.output.prefix)}_log/\d+\.json")
         requests = itertools.takewhile(
-            lambda each: each[0] != "PUT" or not published.fullmatch(each[1].partition("?")[0]),
+            lambda each: each[0] != "PUT" or not self._published.fullmatch(each[1].partition("?")[0]),
             self._s3.requests[self._requests_before :],
         )
         return Counter(
@@ -174,7 +178,13 @@ def label_undisturbed(head: Head, source: Place, model: Path) -> Place:
 
 @contextlib.contextmanager
 def watched(
-    kills: Kills, source: Place, undisturbed: Place, model: Path, machines: Machines, max_s: float
+    kills: Kills,
+    source: Place,
+    undisturbed: Place,
+    model: Path,
+    machines: Machines,
+    max_s: float,
+    max_bytes: int = MAX_PROCESS_BYTES,
 ) -> Iterator[Reader]:
     """A reader looks on at what is done to a run inside; afterwards all nine invariants hold, and it is published."""
     started_s = time.monotonic()
@@ -187,7 +197,7 @@ def watched(
         *reader.findings,
         *kills.check_redone(),
         *verifier.check_logs(machines.log_files(), kills.secrets),
-        *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=MAX_PROCESS_BYTES, max_s=max_s),
+        *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=max_bytes, max_s=max_s),
     ]
     assert findings == [], findings
     assert reader.num_polls > 5

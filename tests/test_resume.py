@@ -14,7 +14,6 @@ import published
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import verifier
 from cluster import ROOT, Head, wait_until
 from kills import LABELING, WAVE, Kills, fill_with_pictures, label_undisturbed, watched
 from servers import Fault, S3Server, put_quickly
@@ -141,16 +140,17 @@ def test_a_driver_killed_while_it_publishes_a_second_night_is_resumed_to_identic
     source, before, undisturbed = second_night
     output = _copied(before, f"s3://{source.bucket}/{point.replace(':', '-')}")
     options = ("--input", source.url, "--output", output.url, "--model", model, "--gpu-actors=1")
-    killed = head.label_bucket(*options, crash_at=point)
-    assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
-    effort.COUNTS["kills survived"] += 1
-    written = {key.split("/")[0] for key in output.etags().keys() - before.etags().keys() if ".claim." not in key}
-    assert written == {"_runs", *PUBLISHED_FOLDERS[: SECOND_NIGHT_CRASH_POINTS.index(point)]}
+    kills = Kills(s3, source, output, undisturbed)
+    with watched(kills, source, undisturbed, Path(model), head, max_s=200):
+        killed = head.label_bucket(*options, crash_at=point)
+        assert killed.returncode == -signal.SIGKILL, f"{point} did not fire: {killed.stderr}"
+        effort.COUNTS["kills survived"] += 1
+        kills.lose()
+        written = {key.split("/")[0] for key in output.etags().keys() - before.etags().keys() if ".claim." not in key}
+        assert written == {"_runs", *PUBLISHED_FOLDERS[: SECOND_NIGHT_CRASH_POINTS.index(point)]}
 
-    finished = head.label_bucket(*options)
-    assert finished.returncode == 0, finished.stderr
-    findings = verifier.check(output, source, exit_code=0, secrets=s3.secrets)
-    assert findings == [], findings
+        finished = head.label_bucket(*options)
+        assert finished.returncode == 0, finished.stderr
     assert _published_files(output) == _published_files(undisturbed)
     counts = [entry["counts"] for entry in published.entries(output.url)]
     assert counts[:2] == [entry["counts"] for entry in published.entries(undisturbed.url)]
@@ -182,15 +182,20 @@ def _published_files(output: Place) -> dict[tuple[str, str], pa.Table]:
 
 @pytest.mark.slow
 def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_own(
-    head: Head, source: str, model: str, tmp_path: Path
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str
 ) -> None:
-    output = str(tmp_path / "out")
+    output = f"{source.removesuffix('/in')}/finished-by-another"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--limit=100")
-    killed = head.label_bucket(*options, crash_at="publish-sealed")
-    assert killed.returncode == -signal.SIGKILL
-    assert published.entries(output) == []
-    other = head.label_bucket(*options[:-1], "--limit=120")
-    assert other.returncode == 0, other.stderr
+    whole, place, like = (Place(url, s3.client) for url in (source, output, undisturbed))
+    kills = Kills(s3, whole, place, like)
+    with watched(kills, Place(source, s3.client, first=120), like, Path(model), head, max_s=200):
+        killed = head.label_bucket(*options, crash_at="publish-sealed")
+        assert killed.returncode == -signal.SIGKILL
+        effort.COUNTS["kills survived"] += 1
+        kills.lose()
+        assert published.entries(output) == []
+        other = head.label_bucket(*options[:-1], "--limit=120")
+        assert other.returncode == 0, other.stderr
     first, second = published.entries(output)
     assert first["counts"]["listed"] == 100
     assert [(report["exit_code"], report["counts"]) for report in published.reports(output)] == [
@@ -202,31 +207,42 @@ def test_another_command_finishes_a_run_that_was_publishing_before_it_plans_its_
 
 @pytest.mark.slow
 def test_another_command_is_refused_while_a_run_is_open_until_that_run_is_abandoned(
-    head: Head, source: str, model: str, tmp_path: Path
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str
 ) -> None:
-    output = str(tmp_path / "out")
+    output = f"{source.removesuffix('/in')}/abandoned"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
-    assert head.label_bucket(*options, "--limit=70", crash_at="plan-sealed").returncode == -signal.SIGKILL
-    before = published.keys(output)
-    refused = head.label_bucket(*options, "--limit=80")
-    assert refused.returncode == 5
-    assert "open run 00000001-" in refused.stderr
-    assert "limit: that run has 70, this command 80" in refused.stderr
-    assert "--abandon-run" in refused.stderr
-    assert published.keys(output) == before
-    done = head.label_bucket(*options, "--limit=80", "--abandon-run")
-    assert done.returncode == 0, done.stderr
+    whole, place, like = (Place(url, s3.client) for url in (source, output, undisturbed))
+    kills = Kills(s3, whole, place, like, last_commit=2)
+    with watched(kills, Place(source, s3.client, first=80), like, Path(model), head, max_s=200):
+        assert head.label_bucket(*options, "--limit=70", crash_at="plan-sealed").returncode == -signal.SIGKILL
+        effort.COUNTS["kills survived"] += 1
+        kills.lose()
+        before = published.keys(output)
+        refused = head.label_bucket(*options, "--limit=80")
+        assert refused.returncode == 5
+        assert "open run 00000001-" in refused.stderr
+        assert "limit: that run has 70, this command 80" in refused.stderr
+        assert "--abandon-run" in refused.stderr
+        assert published.keys(output) == before
+        done = head.label_bucket(*options, "--limit=80", "--abandon-run")
+        assert done.returncode == 0, done.stderr
     assert [entry["kind"] for entry in published.entries(output)] == ["abandoned", "run"]
     assert published.table(output, "labels").num_rows + published.table(output, "failures").num_rows == 80
 
 
 @pytest.mark.slow
 def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
-    head: Head, source: str, model: str, tmp_path: Path
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str
 ) -> None:
-    output = str(tmp_path / "out")
+    output = f"{source.removesuffix('/in')}/abandoned-meanwhile"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
-    with head.start_label_bucket(*options) as alive:
+    whole, place, like = (Place(url, s3.client) for url in (source, output, undisturbed))
+    kills = Kills(s3, whole, place, like, last_commit=2)
+    kills.num_read_twice = 80 + 1  # the abandoned run may have read them, too; and the other command's first look
+    with (
+        watched(kills, Place(source, s3.client, first=80), like, Path(model), head, max_s=200),
+        head.start_label_bucket(*options) as alive,
+    ):
         wait_until(lambda: alive.poll() is not None or _is_planned(output))
         alive.send_signal(signal.SIGSTOP)
         done = head.label_bucket(*options, "--limit=80", "--abandon-run")
@@ -326,22 +342,26 @@ def test_a_second_night_with_other_weights_than_the_folder_had_is_a_clear_error(
 
 
 def test_a_stopped_driver_says_so_and_the_same_command_resumes(
-    head: Head, source: str, model: str, tmp_path: Path
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str
 ) -> None:
-    output = str(tmp_path / "out")
+    output = f"{source.removesuffix('/in')}/stopped"
     options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1")
-    with head.start_label_bucket(*options) as driver:
-        wait_until(lambda: driver.poll() is not None or _is_planned(output))
-        driver.send_signal(signal.SIGTERM)
-        _, printed = driver.communicate(timeout=30)
-    assert driver.returncode == 143, printed
-    assert "exit code 143: stopped; the same command resumes" in printed
-    assert published.reports(output)[0]["exit_code"] == 143
-    parts = published.parts(output)
-    assert len(parts) < 5
-    done = head.label_bucket(*options)
-    assert done.returncode == 0, done.stderr
-    assert parts.items() <= published.parts(output).items()
+    places = [Place(url, s3.client) for url in (source, output, undisturbed)]
+    kills = Kills(s3, *places)
+    with watched(kills, places[0], places[2], Path(model), head, max_s=200):
+        with head.start_label_bucket(*options) as driver:
+            wait_until(lambda: driver.poll() is not None or _is_planned(output))
+            driver.send_signal(signal.SIGTERM)
+            _, printed = driver.communicate(timeout=30)
+        assert driver.returncode == 143, printed
+        assert "exit code 143: stopped; the same command resumes" in printed
+        assert published.reports(output)[0]["exit_code"] == 143
+        kills.lose()
+        parts = published.parts(output)
+        assert len(parts) < 5
+        done = head.label_bucket(*options)
+        assert done.returncode == 0, done.stderr
+        assert parts.items() <= published.parts(output).items()
     assert published.entries(output)[0]["counts"]["listed"] == 300
 
 

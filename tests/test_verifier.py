@@ -281,7 +281,7 @@ class Vanishing(Place):
 )
 def test_a_file_that_changes_under_a_reader_is_found_out(s3: S3Server, bucket: str, change: str, finding: str) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.table({"uri": ["s3://in/1"]}), sink)
+    pq.write_table(pa.table({"run_seq": [1], "uri": ["s3://in/1"]}), sink)
     place = Vanishing if change == "gone before it is read" else Place
     output = Place(f"{bucket}/out", s3.client)
 

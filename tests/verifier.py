@@ -17,6 +17,7 @@ findings, one line each, that begin with the number of the invariant they break;
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import re
 import threading
@@ -37,10 +38,10 @@ MAX_SCORE_DIFFERENCE = 1e-3
 
 
 class Place:
-    """Objects below a prefix of a bucket, by a boto3 client that meets no faults."""
+    """Objects below a prefix of a bucket, or only the `first` of them, by a boto3 client that meets no faults."""
 
-    def __init__(self, url: str, client: Any) -> None:
-        self.url = url
+    def __init__(self, url: str, client: Any, *, first: int | None = None) -> None:
+        self.url, self.first = url, first
         self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix}/"
         self.client = client
@@ -48,11 +49,12 @@ class Place:
     def etags(self, below: str = "") -> dict[str, str]:
         """Key below the prefix -> etag."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + below)
-        return {
+        found = {
             item["Key"].removeprefix(self.prefix): item["ETag"].strip('"')
             for page in pages
             for item in page.get("Contents", [])
         }
+        return dict(itertools.islice(found.items(), self.first))
 
     def read(self, key: str) -> bytes:
         """The bytes of an object."""
@@ -140,18 +142,24 @@ def check_leftovers(output: Place) -> list[str]:
     return findings + [f"4 {key} is an upload that was never completed" for key in output.open_uploads()]
 
 
+def newest(output: Place) -> dict[str, dict[str, Any]]:
+    """The row of each uri, of labels/ or failures/, whichever came last."""
+    rows = [row for kind in ("labels", "failures") for row in read_rows(output, kind)]
+    return {row["uri"]: row for row in sorted(rows, key=lambda row: int(row["run_seq"]))}
+
+
 def check_like(output: Place, like: Place) -> list[str]:
-    """5: the same failures, the same labels, nearly the same scores and vectors as another output has."""
+    """5: of everything the same failure or labels, nearly the same scores and vectors, as another output has."""
     findings = []
-    kinds = [{row["uri"]: row["failure_kind"] for row in read_rows(each, "failures")} for each in (output, like)]
-    for uri in sorted(kinds[0].keys() | kinds[1].keys()):
-        if kinds[0].get(uri) != kinds[1].get(uri):
-            findings.append(f"5 {uri} failed as {kinds[0].get(uri)}, without faults as {kinds[1].get(uri)}")
-    rows = {row["uri"]: row for row in read_rows(output, "labels")}
-    for wanted in read_rows(like, "labels"):
-        row = rows.get(wanted["uri"])
-        if row is not None:
-            findings += compare(row, wanted["label_ids"], wanted["label_scores"], wanted["embedding"])
+    wanted = newest(like)
+    for uri, row in sorted(newest(output).items()):
+        kinds = [each.get("failure_kind") for each in (row, wanted.get(uri, {}))]
+        if kinds[0] != kinds[1]:
+            findings.append(f"5 {uri} failed as {kinds[0]}, without faults as {kinds[1]}")
+        elif kinds[0] is None and uri not in wanted:
+            findings.append(f"5 {uri} has labels, without faults it has no outcome")
+        elif kinds[0] is None:
+            findings += compare(row, *(wanted[uri][name] for name in ("label_ids", "label_scores", "embedding")))
     return findings
 
 
@@ -170,8 +178,11 @@ def compare(
 
 
 def check_labels(output: Place, source: Place, model: Path, num_rows: int) -> list[str]:
-    """5: some rows, spread over all, against transformers' own processor, classes and forward pass."""
-    rows = read_rows(output, "labels")
+    """5: some rows, spread over all of objects as they are now, against transformers' own processor, classes and
+    forward pass.
+    """
+    etags = {f"{source.url}/{key}": etag for key, etag in source.etags().items()}
+    rows = [row for row in read_rows(output, "labels") if etags.get(row["uri"]) == row["etag"]]
     chosen = rows[:: max(1, len(rows) // num_rows)]
     pictures = [source.read(row["uri"].removeprefix(f"{source.url}/")) for row in chosen]
     wanted = label(pictures, model, len(chosen[0]["label_ids"]))
@@ -303,7 +314,7 @@ class Reader:
         self.num_polls = 0
         self.peak_bytes = 0
         self._output, self._rss_bytes = output, rss_bytes
-        self._files: dict[str, tuple[str, list[str]]] = {}
+        self._files: dict[str, tuple[str, list[tuple[int, str]]]] = {}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._poll_until_over, daemon=True)
 
@@ -330,12 +341,13 @@ class Reader:
                 self.findings.append(f"3 {key} was there, and is now {'another' if key in present else 'gone'}")
         for key in present.keys() - self._files.keys():
             try:
-                uris = pq.ParquetFile(io.BytesIO(self._output.read(key))).read(["uri"])["uri"].to_pylist()
+                columns = pq.ParquetFile(io.BytesIO(self._output.read(key))).read(["run_seq", "uri"]).to_pydict()
             except (pa.ArrowException, OSError, ClientError) as error:  # the last one if it went after the listing
                 self.findings.append(f"3 a reader cannot open {key}: {error}")
                 continue
-            self._files[key] = (present[key], uris)
-            seen = Counter(uri for _, uris in self._files.values() for uri in uris)
-            twice = [uri for uri in uris if seen[uri] > 1]
+            outcomes = list(zip(columns["run_seq"], columns["uri"], strict=True))
+            self._files[key] = (present[key], outcomes)
+            seen = Counter(each for _, outcomes in self._files.values() for each in outcomes)
+            twice = [each for each in outcomes if seen[each] > 1]
             if twice:
-                self.findings.append(f"3 a reader sees {len(twice)} uris twice, first {twice[0]}")
+                self.findings.append(f"3 a reader sees {len(twice)} uris twice in one run, first {twice[0][1]}")
