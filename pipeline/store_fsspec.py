@@ -169,17 +169,18 @@ class FsspecStore:
 def _translate(error: Exception, what: str) -> Exception:
     """What a filesystem's error means for the caller: by its HTTP status where it has one, else by its class."""
     status = _status(error)
-    if status == 404 or (status is None and isinstance(error, FileNotFoundError | NotADirectoryError)):
+    if status in (404, 410) or (status is None and isinstance(error, FileNotFoundError | NotADirectoryError)):
         return AbsentError(f"{what}: not found")
     # gcsfs tells a 403 from other errors by its text alone.
     is_refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden: ")
     if status in (401, 403) or (status is None and is_refused):
         return ForbiddenError(f"{what}: permission denied; check the identity's policy and the URL")
-    if status == 412:
+    if status in (412, 416):  # 416: it no longer has this range
         return ChangedError(f"{what}: it is no longer the object that was listed")
     if status is None and isinstance(error, TimeoutError):
         return AgainError("no complete answer in time", "timeout")
-    if status is not None and status >= 400 and not store.may_pass(status):
+    # aiohttp says 400 of an answer that was cut off, too.
+    if status is not None and status > 400 and not store.may_pass(status):
         return SourceError(f"{what}: refused ({status}): {describe(error)}")
     return AgainError(describe(error), store.cause_of_status(status or 0))
 

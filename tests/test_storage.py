@@ -1,5 +1,6 @@
 """One behaviour suite over every kind of store, then what only some of them can get wrong."""
 
+import itertools
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import fsspec
@@ -489,6 +491,38 @@ def test_a_web_folder_whose_listing_has_no_sizes_can_be_read(tmp_path: Path) -> 
         assert [store.get(info.key, listed=info) for info in found] == [b"a/c.jpg", b"b.jpg"]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nten bytes.", id="short"),
+        pytest.param(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\nten bytes.", id="short-chunk"),
+        pytest.param(b"HTTP/1.1 nonsense\r\n\r\n", id="no-status"),
+    ],
+)
+def test_what_a_web_server_did_not_finish_is_asked_for_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr(store, "DEADLINE_S", 1.0)
+    num_requests = itertools.count()
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            next(num_requests)
+            self.request.recv(2**16)
+            self.wfile.write(answer)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            with pytest.raises(UnavailableError):
+                storage.connect(f"http://127.0.0.1:{server.server_address[1]}/").get("key", deadline_s=1)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert next(num_requests) > 1
+
+
 @pytest.mark.parametrize("host", ["169.254.169.254", "2852039166", "0xa9fea9fe:80"])
 def test_a_web_server_at_a_link_local_address_is_refused_before_any_request(host: str) -> None:
     for scheme in ("http", "https"):
@@ -502,7 +536,9 @@ def test_a_web_server_at_a_link_local_address_is_refused_before_any_request(host
         (401, ForbiddenError),
         (403, ForbiddenError),
         (404, AbsentError),
-        (410, SourceError),
+        (405, SourceError),
+        (410, AbsentError),
+        (416, ChangedError),
         (501, SourceError),
         (429, UnavailableError),
         (500, UnavailableError),
