@@ -10,6 +10,7 @@ pixels go through memory that both have, and only their lengths and facts throug
 """
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -43,6 +44,7 @@ _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 MAX_IMAGES = 8
 """Handed over at once: saves a few wake-ups of both processes, and memory and work done twice stay small."""
 MAX_START_S = 300
+_MAX_ANSWER_BYTES = 2**20
 _LENGTH = "Q"
 _PROGRAM = "import sys; from pipeline import contain; contain.serve(*map(int, sys.argv[1:]))"
 
@@ -50,8 +52,8 @@ _PROGRAM = "import sys; from pipeline import contain; contain.serve(*map(int, sy
 class Child:
     """A process that makes pictures of one recipe, started anew whenever it has ended.
 
-    Not for several threads at once. Ends with the worker: at the end of its input, or, in the middle of an image, at
-    its limit of processor time.
+    Not for several threads at once. Ends with the worker: at the end of its input, or, in the middle of its images, at
+    the limit of processor time of one of them.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -113,13 +115,19 @@ class Child:
                 begin, end = end, end + len(data)
                 shared.encoded[begin:end] = data
             pipe.send_bytes(array(_LENGTH, map(len, images)).tobytes())
-            return shared.pixels[: len(images)], _results(pipe.recv_bytes(), self._num_sent, len(images))
+            return shared.pixels[: len(images)], _results(
+                pipe.recv_bytes(_MAX_ANSWER_BYTES), self._num_sent, len(images)
+            )
         except BlockingIOError:
             self.close()
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"
             raise ImageError(FailureKind.DECODE_TIMEOUT, message, stage="decode") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise self._ending() from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.close()
+            message = f"the decoder gave an answer that is none ({type(error).__name__}: {error})"
+            raise _DiedError(message, FailureKind.DECODE_CRASH) from None
         except BaseException:
             self.close()  # what is left of this answer must not be read as that of the next images
             raise
@@ -162,10 +170,12 @@ class Child:
 
     def _start(self) -> tuple[Connection, "_Shared"]:
         ours, theirs = socket.socketpair()
-        memory = os.memfd_create("image")
+        memory = os.memfd_create("image", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with ours:
             try:
                 shared = _Shared(memory, self._recipe)
+                # Or a child could end the worker by taking memory away from under it.
+                fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
                 with theirs:
                     fds = [theirs.fileno(), memory]
                     self._process = subprocess.Popen(

@@ -146,9 +146,9 @@ def test_images_with_which_a_child_was_killed_are_made_one_by_one(child: Child) 
 
 
 def test_of_images_that_are_handed_over_together_only_the_guilty_one_fails() -> None:
-    child = child_with(replace(DEFAULT_LIMITS, max_cpu_s=0, max_pixels=200_000_000))
+    child = child_with(replace(DEFAULT_LIMITS, max_wall_s=0.5, max_pixels=400_000_000))
     good = outcome(partial(make_picture, GOOD, RECIPE))[0]
-    pixels, results = child.make_pictures([GOOD, large(12_000), GOOD])
+    pixels, results = child.make_pictures([GOOD, large(16_000), GOOD])
     assert [result.kind if isinstance(result, ImageError) else "made" for result in results] == [
         "made",
         FailureKind.DECODE_TIMEOUT,
@@ -195,7 +195,7 @@ def _kill_idle(child: Child) -> int:
 
 
 def _kill_decoding(child: Child, number: signal.Signals, num_sent: int, *others: int) -> int:
-    """The child that is none of `others`, once it has its `num_sent`-th image, which takes it most of a second."""
+    """The child that is none of `others`, once it has its `num_sent`-th question, which takes it most of a second."""
     wait_until(lambda: (process := child._process) is not None and process.pid not in others)
     wait_until(lambda: child._num_sent == num_sent and _has_read_all(child))
     victim = pid_of(child)
@@ -320,9 +320,47 @@ def test_a_child_ends_when_its_worker_does(child: Child) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_an_answer_to_another_image_is_never_taken(child: Child) -> None:
+def test_an_answer_to_another_question_is_never_taken_and_another_child_is_asked(child: Child) -> None:
     check_it_still_works(child)
+    first = pid_of(child)
     child._num_sent += 1
-    with pytest.raises(ValueError, match="expected the decoder's answer to question"):
-        child.make_picture(GOOD)
+    check_it_still_works(child)
+    assert pid_of(child) != first
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"no json",
+        b"[]",
+        b'{"number": 1}',
+        b'{"number": 1, "results": []}',
+        b'{"number": 1, "results": [{}]}',
+        b"1" * 2**21,
+    ],
+)
+def test_an_image_that_takes_over_its_decoder_and_answers_nonsense_is_a_failure(
+    child: Child, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    taken_over = f"""
+import sys
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+pipe.recv_bytes()
+pipe.send_bytes(b"ready")
+pipe.recv_bytes()
+pipe.send_bytes({answer[:100]!r} * {-(-len(answer) // 100)})
+"""
+    monkeypatch.setattr(contain, "_PROGRAM", taken_over)
+    assert kind_of(child, GOOD) is FailureKind.DECODE_CRASH
+    monkeypatch.undo()
+    check_it_still_works(child)
+
+
+def test_a_child_cannot_take_away_the_memory_that_it_shares_with_its_worker(child: Child) -> None:
+    check_it_still_works(child)
+    folder = Path(f"/proc/{pid_of(child)}/fd")
+    shared = next(path for path in folder.iterdir() if "memfd:image" in str(path.readlink()))
+    with shared.open("r+b") as file, pytest.raises(PermissionError):
+        file.truncate(0)
     check_it_still_works(child)
