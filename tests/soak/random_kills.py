@@ -82,9 +82,9 @@ def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model
             for _ in range(MAX_COMMANDS):
                 with head.start_label_bucket(*options, "--object-deadline-s=6") as driver:
                     while kills_left and not _ends_within(driver, rng.uniform(0, MAX_PAUSE_S)):
-                        what = rng.choice(["driver", *TITLES])
-                        alive = [driver.pid] if what == "driver" else head.processes(TITLES[what])
-                        kills_left -= bool(alive) and _kill(kills, what, rng.choice(alive))
+                        alive = {"driver": [driver.pid], **{what: head.processes(TITLES[what]) for what in TITLES}}
+                        what = rng.choice([each for each in alive if alive[each]])
+                        kills_left -= _kill(kills, what, rng.choice(alive[what]))
                     if driver.poll() == -signal.SIGKILL:
                         continue
                     _, printed = driver.communicate(timeout=300)
