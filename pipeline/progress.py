@@ -104,10 +104,10 @@ class Bottleneck:
         )
 
     def text(self) -> str:
-        """`limit: decoding (model waits 71%, storage 12% of preparing, 41.3 MB/s)`."""
+        """`limit: decoding (model waits 71%, preparing waits 4%, storage 12% of preparing, 41.3 MB/s)`."""
         shares = (
-            f"model waits {self.model_wait_share:.0%}, storage {self.storage_wait_share:.0%} of preparing,"
-            f" {self.storage_bytes_per_s / 1e6:,.1f} MB/s"
+            f"model waits {self.model_wait_share:.0%}, preparing waits {1 - self.prepare_busy_share:.0%},"
+            f" storage {self.storage_wait_share:.0%} of preparing, {self.storage_bytes_per_s / 1e6:,.1f} MB/s"
         )
         return f"limit: {self.stage} ({shares})"
 

@@ -97,7 +97,8 @@ def test_a_log_gets_a_line_per_interval_and_one_at_the_end(caplog: pytest.LogCap
     rate = 400 / clock.now_s
     assert lines[-1] == (
         f"1,000/1,000 images, {rate:.0f} images/s, 8 failed (8 truncated), ETA 0:00:00, limit: starting (model waits"
-        f" 50%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s): larger runs are faster per image"
+        f" 50%, preparing waits 85%, storage 20% of preparing, {40 / clock.now_s:.1f} MB/s): larger runs are"
+        " faster per image"
     )
 
 

@@ -41,7 +41,9 @@ def labeled(head: Head, s3: S3Server, pictures: str) -> str:
     done = head.submit("--", *job, "--image-stats")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "exit code 0: published run 00000001-" in done.stdout
-    assert re.search(r"limit: \w+ \(model waits \d+%, storage \d+% of preparing, [\d.]+ MB/s\)", done.stdout)
+    assert re.search(
+        r"limit: \w+ \(model waits \d+%, preparing waits \d+%, storage \d+% of preparing, [\d.]+ MB/s\)", done.stdout
+    )
     return output
 
 
