@@ -105,11 +105,13 @@ def _measure_all(pool: Pool) -> None:
     parser.add_argument("--unit-images", type=int, help="images in a unit of the actor; otherwise as a run has")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement")
     parser.add_argument("--matrix-size", type=int, default=8192)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="unset: on a GPU")
     parser.add_argument("--ray-images", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write a Markdown note there")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
+    if options.compile is None:
+        options.compile = options.device == "cuda"
     began_at = datetime.now(UTC)
     precision = compute_precision("auto", options.device)
     model.prepare_process(None)
