@@ -115,9 +115,8 @@ class Child:
                 begin, end = end, end + len(data)
                 shared.encoded[begin:end] = data
             pipe.send_bytes(array(_LENGTH, map(len, images)).tobytes())
-            return shared.pixels[: len(images)], _results(
-                pipe.recv_bytes(_MAX_ANSWER_BYTES), self._num_sent, len(images)
-            )
+            answer = pipe.recv_bytes(_MAX_ANSWER_BYTES)
+            return shared.pixels[: len(images)], _results(answer, self._num_sent, len(images))
         except BlockingIOError:
             self.close()
             message = f"decoding took longer than {self._recipe.limits.max_wall_s:g} s"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from socketserver import StreamRequestHandler, ThreadingTCPServer
+from socketserver import StreamRequestHandler, TCPServer, ThreadingTCPServer
 from typing import Any
 
 import fsspec
@@ -470,11 +470,18 @@ def _web_folder(folder: Path, status_of: Mapping[str, int] | None = None) -> Ite
                 self.send_error(status)
             return None
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+    with _served(ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))) as url:
+        yield url
+
+
+@contextmanager
+def _served(server: TCPServer) -> Iterator[str]:
+    """Its URL while it serves."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/"
+            yield f"http://127.0.0.1:{server.server_address[1]}/"
         finally:
             server.shutdown()
             thread.join()
@@ -511,15 +518,8 @@ def test_what_a_web_server_did_not_finish_is_asked_for_until_the_deadline(
             self.request.recv(2**16)
             self.wfile.write(answer)
 
-    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            with pytest.raises(UnavailableError):
-                storage.connect(f"http://127.0.0.1:{server.server_address[1]}/").get("key", deadline_s=1)
-        finally:
-            server.shutdown()
-            thread.join()
+    with _served(ThreadingTCPServer(("127.0.0.1", 0), Handler)) as url, pytest.raises(UnavailableError):
+        storage.connect(url).get("key", deadline_s=1)
     assert next(num_requests) > 1
 
 
