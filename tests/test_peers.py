@@ -51,9 +51,11 @@ def test_the_bare_loops_are_run_and_compared(tmp_path: Path) -> None:
     for number in range(4):
         (photos / f"{number}.png").write_bytes(draw_file(3, number).data)
     none = ("--num-images-s3", "0", "--num-images-tiny", "0")
-    what = ("--photos", str(photos), "--num-images", "64", "--rounds", "1", "--only", "bare", "--out", str(note))
-    subprocess.run([sys.executable, peers.__file__, *what, *none], check=True, capture_output=True, timeout=200)
+    what = ("--photos", str(photos), "--num-images", "64", "--rounds", "1", "--enlarge", "2", "--out", str(note))
+    names = ("limit (bare Pillow)", "bare, our functions")
+    only = [word for name in names for word in ("--only", name)]
+    subprocess.run([sys.executable, peers.__file__, *what, *none, *only], check=True, capture_output=True, timeout=200)
     rows = [line.split(" | ") for line in note.read_text().splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[1:]] == ["| limit (bare Pillow)", "| bare, our functions"]
+    assert [row[0] for row in rows[1:]] == [f"| {name}" for name in names]
     assert all(float(row[2].split()[0]) > 0 for row in rows[1:])
     assert str(tmp_path) not in note.read_text()

@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints
 import cluster
 import machine
+import preprocess_modes
 import process_usage
 import servers
 
@@ -99,7 +100,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rounds-s3", type=int, default=3)
     parser.add_argument("--rounds-tiny", type=int, default=2)
-    parser.add_argument("--only", action="append", help="only contestants whose name holds this; may be repeated")
+    parser.add_argument("--only", action="append", metavar="NAME", help="only this contestant; may be repeated")
+    parser.add_argument("--enlarge", type=int, default=1, help="width and height of the local photos times so much")
     parser.add_argument("--out", type=Path, help="write a note there")
     options = parser.parse_args()
     num_cores = os.cpu_count() or 1
@@ -109,10 +111,11 @@ def main() -> None:
         root = Path(folder)
         zero, tiny = _write_models(root)
         if options.num_images:
-            photos = _repeat(options.photos, root / "photos", options.num_images)
+            photos = _repeat(options.photos, root / "photos", options.num_images, options.enlarge)
+            larger = f" of {options.enlarge} times the width and height" if options.enlarge > 1 else ""
             sections.append(
                 _compare(
-                    f"Model near zero, local photos, {options.num_images:,} images",
+                    f"Model near zero, local photos{larger}, {options.num_images:,} images",
                     _contestants(str(photos), zero, options.daft, num_cores, is_full=True),
                     options.rounds,
                     options.num_images,
@@ -173,13 +176,19 @@ def _write_models(root: Path) -> tuple[Path, Path]:
     return zero, tiny
 
 
-def _repeat(source: Path, target: Path, num_images: int) -> Path:
+def _repeat(source: Path, target: Path, num_images: int, enlarge: int = 1) -> Path:
     """So many photos, again and again the same under other names."""
     target.mkdir()
     photos = sorted(path for path in source.rglob("*") if path.is_file())
     for number in range(num_images):
         photo = photos[number % len(photos)]
-        shutil.copyfile(photo, target / f"{number:06d}_{photo.stem}.jpg")
+        copy = target / f"{number:06d}_{photo.stem}.jpg"
+        if number >= len(photos):
+            shutil.copyfile(target / f"{number % len(photos):06d}_{photo.stem}.jpg", copy)
+        elif enlarge > 1:
+            copy.write_bytes(preprocess_modes.enlarged(photo.read_bytes(), enlarge))
+        else:
+            shutil.copyfile(photo, copy)
     return target
 
 
@@ -236,7 +245,10 @@ def _compare(
     title: str, contestants: list[Contestant], num_rounds: int, num_images: int, only: list[str] | None
 ) -> str:
     """All contestants in turn, so many rounds; a Markdown section."""
-    contestants = [each for each in contestants if only is None or any(part in each.name for part in only)]
+    names = [each.name for each in contestants]
+    contestants = [each for each in contestants if only is None or each.name in only]
+    if not contestants:
+        raise SystemExit(f"--only: expected one of {names}, found {only}")
     runs: dict[str, list[Run]] = {each.name: [] for each in contestants}
     for number in range(num_rounds):
         for each in contestants:

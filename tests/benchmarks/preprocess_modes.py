@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     photos = [path.read_bytes() for path in sorted(options.photos.rglob("*")) if path.is_file()]
     if options.enlarge > 1:
-        photos = [_enlarged(data, options.enlarge) for data in photos]
+        photos = [enlarged(data, options.enlarge) for data in photos]
     megapixels = statistics.median(np.prod(Image.open(BytesIO(data)).size) / 1e6 for data in photos)
     print(f"{len(photos)} photos, median {megapixels:.2f} megapixels, Pillow {version('pillow')}")
 
@@ -76,7 +76,8 @@ def main() -> None:
     )
 
 
-def _enlarged(data: bytes, factor: int) -> bytes:
+def enlarged(data: bytes, factor: int) -> bytes:
+    """A JPEG of so many times the width and height."""
     image = Image.open(BytesIO(data)).convert("RGB")
     large = image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     sink = BytesIO()
