@@ -25,7 +25,7 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_BATCH_SIZE: dict[Device, int] = {"cpu": 8, "cuda": 512}
 """Images per forward pass. On a GPU, fewer where its memory asks for it: with 256 the actors of DeiT-tiny have 86 and
 89 % of what the model alone has, with 512 they have 97 and 98 (tests/benchmarks/gpu.md). On CPU those whose activations
-stay in the cache: 14 % faster than 32 for DeiT-tiny, 18 % for DeiT-small (tests/benchmarks/cpu_forward.md)."""
+stay in the cache: 7 % faster than 32 for DeiT-tiny, 14 % for DeiT-small (tests/benchmarks/cpu_forward.md)."""
 CALLS_PER_ACTOR: dict[Device, int] = {"cpu": 1, "cuda": 2}
 """Units that an actor is given at once: on a GPU two, so that it has the first images of one while the other's results
 are fetched and handed on. On CPU both would only share the cores."""
