@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import checkpoints
 import fsspec
@@ -20,7 +20,7 @@ from hub_server import Repository, serve_hub
 from servers import S3Server
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Checkpoint, Pooling
+from pipeline.checkpoint import Checkpoint, Pooling, PreprocessMode
 from pipeline.errors import ConfigError, LabelBucketError
 
 _RESOLVE = """
@@ -425,6 +425,12 @@ def test_a_space_changes_with_every_field_of_the_preprocessing(found: Checkpoint
 def test_a_space_changes_with_pooling_and_decoding_rules(found: Checkpoint) -> None:
     poolings: list[Pooling] = ["pooled", "cls", "distillation", "patch-mean", "none"]
     assert len({_space(found, pooling=pooling) for pooling in poolings} | {_space(found, version=2)}) == 6
+
+
+def test_only_the_space_of_fast_mode_changes_with_its_rules(found: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {mode: _space(found, mode=mode) for mode in get_args(PreprocessMode)}
+    monkeypatch.setattr(checkpoint, "FAST_RULES_VERSION", 0)
+    assert {mode for mode, space_id in before.items() if _space(found, mode=mode) != space_id} == {"fast"}
 
 
 def test_a_space_does_not_change_with_where_the_files_lie(found: Checkpoint) -> None:

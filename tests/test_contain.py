@@ -299,8 +299,10 @@ def test_an_image_that_takes_too_much_processor_time_is_ended_by_the_kernel() ->
     child.close()
 
 
-def test_an_image_that_takes_too_much_memory_is_its_own_failure() -> None:
-    child = child_with(replace(DEFAULT_LIMITS, max_address_bytes=2**27))
+@pytest.mark.parametrize("mode", get_args(PreprocessMode))
+def test_an_image_that_takes_too_much_memory_is_its_own_failure(mode: PreprocessMode) -> None:
+    limits = replace(DEFAULT_LIMITS, max_address_bytes=2**27)
+    child = Child(replace(RECIPE, limits=limits, spec=replace(RECIPE.spec, mode=mode)))
     check_it_still_works(child)
     first = pid_of(child)
     assert kind_of(child, large(6500)) is FailureKind.DECODE_OOM

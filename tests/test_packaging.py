@@ -264,7 +264,8 @@ def test_only_retention_decides_what_is_deleted_and_only_compact_deletes_it() ->
 def test_only_what_computes_the_model_and_its_training_import_torch() -> None:
     trains = {"jobs/train_demo.py"}
     computes = {f"pipeline/{name}.py" for name in ("encoder", "model", "predictor")}
-    assert importers("torch", "transformers") <= computes | trains
+    assert importers("torch", "transformers") <= computes | trains | {"pipeline/preprocess.py"}
+    assert importers("torch", "transformers", module_level_only=True) <= computes | trains
     assert importers("pipeline.model", module_level_only=True) <= {"pipeline/predictor.py", *trains}
     assert importers("pipeline.predictor", module_level_only=True) == set()
 

@@ -9,6 +9,7 @@ from typing import Any
 import images
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
@@ -214,6 +215,33 @@ def test_fast_mode_gives_nearly_the_pixels_of_checkpoint_mode(name: str) -> None
         assert np.abs(pixels.astype(int) - expected).mean() < 1.5
         num_scaled += decode_at_least(data, least_edge_px(fast.spec))[0].size != photo.size
     assert num_scaled > 0 or fast.spec.resize == "none"
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_fast_mode_resizes_a_photo_as_pillow_does_but_for_rounding(resample: Image.Resampling) -> None:
+    exact, fast = (
+        spec_from_config(DEIT_2021 | {"resample": int(resample)}, mode=mode, input_px=224)
+        for mode in ("checkpoint", "fast")
+    )
+    num_different = 0
+    for name, path in images.bundled_photos().items():
+        photo = decode(path.read_bytes())
+        difference = np.abs(preprocess(photo, fast).astype(int) - preprocess(photo, exact))
+        assert difference.mean() < 0.1, name
+        assert (difference <= 1).mean() > 0.999, name
+        num_different += bool(difference.any())
+    assert num_different > 0  # or it would be Pillow's, at Pillow's price
+
+
+def test_fast_mode_resizes_an_image_that_lies_in_memory_in_several_pieces() -> None:
+    exact, fast = (spec_from_config(DEIT_2021, mode=mode, input_px=224) for mode in ("checkpoint", "fast"))
+    photo = images.texture(320, 240).resize((2200, 2000))
+    with pytest.raises(ValueError, match="not contiguous"):
+        pa.array(photo)
+    pixels = preprocess(photo, fast)
+    assert np.abs(pixels.astype(int) - preprocess(photo, exact)).max() <= 2
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from pipeline import checkpoint, model
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--enlarge", type=int, default=1, help="width and height times so much")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # as in a child that decodes
     photos = [path.read_bytes() for path in sorted(options.photos.rglob("*")) if path.is_file()]
     if options.enlarge > 1:
         photos = [enlarged(data, options.enlarge) for data in photos]
