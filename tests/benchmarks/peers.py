@@ -9,7 +9,8 @@ Daft is no dependency: `pip install --target FOLDER --no-deps daft`, and without
 What the figures are, the same for all:
   cold     all images / time from the start of the process to the last label (for ours: published), start-up included
   steady   images / time between the first fifth and the last fifth of all images, so without start-up and the end;
-           a batch is done when its labels are there (for ours: when its part is committed), linear in between
+           a batch is done when its labels are there (for ours: when its part is committed), linear in between. Units
+           of ours are small at first (plan.RAMP): of 5,120 images all, of 16,320 those of 19 % of the window
   CPU      of all processes of the contestant in that window, per image; a server's is not in it
   limit    Pillow's decode, the checkpoint's resize and crop, and transformers' network in a plain loop, a process per
            core; `bare, our functions` is the same loop around what the pipeline calls; both read S3 by our client
@@ -94,11 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="real photos; repeated under new names")
     parser.add_argument("--daft", type=Path, help="where Daft is installed")
-    parser.add_argument("--num-images", type=int, default=5440, help="for the model that costs nothing; 0: without")
-    parser.add_argument("--num-images-tiny", type=int, default=1088, help="for DeiT-tiny; 0: without it")
-    parser.add_argument("--num-images-s3", type=int, default=2720, help="for S3; 0: without it")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rounds-s3", type=int, default=3)
+    parser.add_argument("--num-images", type=int, default=16320, help="for the model that costs nothing; 0: without")
+    parser.add_argument("--num-images-tiny", type=int, default=5120, help="for DeiT-tiny; 0: without it")
+    parser.add_argument("--num-images-s3", type=int, default=16320, help="for S3; 0: without it")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds-s3", type=int, default=2)
     parser.add_argument("--rounds-tiny", type=int, default=2)
     parser.add_argument("--only", action="append", metavar="NAME", help="only this contestant; may be repeated")
     parser.add_argument("--enlarge", type=int, default=1, help="width and height of the local photos times so much")
@@ -221,14 +222,15 @@ def _contestants(
         edge = ("--edge-px", str(RESIZE_PX))
         found.append(Contestant("Daft", "with_daft.py", (*both, *edge), num_cores, daft_only))
     if is_full:
+        found.append(_bare("bare, our functions, fast", both, "pipeline", num_cores, "--preprocess", "fast"))
         found.append(_ours("ours, fast", url, model, num_cores, "--preprocess", "fast"))
         found.append(_bare("limit, one core", both, "pillow", 1))
         found.append(_ours("ours, one core", url, model, 1))
     return [each._replace(environment={**each.environment, **(environment or {})}) for each in found]
 
 
-def _bare(name: str, both: Sequence[str], by: str, num_cores: int) -> Contestant:
-    arguments = (*both, "--batch-size", str(BATCH_SIZE), "--by", by, "--num-processes", str(num_cores))
+def _bare(name: str, both: Sequence[str], by: str, num_cores: int, *flags: str) -> Contestant:
+    arguments = (*both, "--batch-size", str(BATCH_SIZE), "--by", by, "--num-processes", str(num_cores), *flags)
     return Contestant(name, "bare.py", arguments, num_cores, {})
 
 
@@ -360,7 +362,7 @@ def _table(contestants: list[Contestant], runs: dict[str, list[Run]]) -> str:
             _spread(of, lambda run: run.images_per_s),
             f"{statistics.median(run.images_per_s for run in of) / each.num_cores:.0f}",
             f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})",
-            f"{statistics.median(run.cpu_ms for run in of):.2f} ms",
+            f"{_spread(of, lambda run: run.cpu_ms, digits=2)} ms",
             f"{driver_mb:.0f} MB",
             f"{rss_mb:.0f} MB, {heap_mb:.0f} MB" if workers else "",
             f"{all_mb:.0f} MB",
@@ -371,9 +373,10 @@ def _table(contestants: list[Contestant], runs: dict[str, list[Run]]) -> str:
     return "\n".join(lines) + _stages(runs)
 
 
-def _spread(runs: list[Run], of: Callable[[Run], float]) -> str:
+def _spread(runs: list[Run], of: Callable[[Run], float], digits: int = 1) -> str:
     values = [of(run) for run in runs]
-    return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    median, lowest, highest = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({lowest} to {highest})" if len(runs) > 1 else median
 
 
 def _object_store(runs: list[Run]) -> str:
@@ -407,9 +410,11 @@ def _stages(runs: dict[str, list[Run]]) -> str:
 def _by_kind(runs: list[Run]) -> str:
     """Of those with processes of several kinds."""
     kinds = sorted(set().union(*(run.cpu_ms_by_kind for run in runs)))
-    medians = {kind: statistics.median(run.cpu_ms_by_kind.get(kind, 0.0) for run in runs) for kind in kinds}
-    shown = ", ".join(f"{kind} {ms:.2f}" for kind, ms in medians.items() if ms >= 0.005)
-    return f"; ms of CPU in the window: {shown}" if "the wave" in kinds else ""
+    by_round = {kind: [run.cpu_ms_by_kind.get(kind, 0.0) for run in runs] for kind in kinds}
+    shown = ", ".join(
+        f"{kind} {' '.join(f'{ms:.2f}' for ms in of)}" for kind, of in by_round.items() if max(of) >= 0.005
+    )
+    return f"; ms of CPU in the window, round by round: {shown}" if "the wave" in kinds else ""
 
 
 def _head(began_at: datetime, daft: Path | None) -> str:

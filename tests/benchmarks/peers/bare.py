@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--by", choices=("pillow", "pipeline"), required=True)
     parser.add_argument("--num-processes", type=int, required=True)
+    parser.add_argument("--preprocess", choices=("checkpoint", "fast"), default="checkpoint", help="of the pipeline")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(options.num_processes)
@@ -61,7 +62,7 @@ def _label(options: argparse.Namespace, number: int) -> dict[str, Any]:
 
     model.prepare_process(1)
     found = checkpoint.resolve(options.model)
-    spec = spec_from_config(found.preprocessor_config, mode="checkpoint", input_px=found.input_px)
+    spec = spec_from_config(found.preprocessor_config, mode=options.preprocess, input_px=found.input_px)
     if options.by == "pillow":
         make, predict = _pillow(spec), _transformers(found, spec, options.batch_size)
     else:
