@@ -73,6 +73,7 @@ class Kills:
         """Faults that reads of the source met."""
         self.num_read_twice = 0
         """Reads that something else explains."""
+        self._num_late = 0
         self.secrets = s3.secrets
         """Of the cluster, which must be found nowhere."""
         number = r"\d+" if last_commit is None else f"{last_commit:08d}"
@@ -107,10 +108,8 @@ class Kills:
         """The verifier's findings: nothing was done again but for what was in flight when something struck."""
         marks = [*self._strikes, (frozenset(), self.reads())]
         stretches = [verifier.Stretch(done, after - before) for (done, before), (_, after) in itertools.pairwise(marks)]
-        # A command reads one object first, to see whether it may; and what a process had asked for when it died may
-        # reach the server a moment later.
-        num_late = (1 + CONCURRENCY) * (len(stretches) - 1)
-        num_explained = self.num_faults + self.num_read_twice + 1 + num_late
+        # A command reads one object first, to see whether it may.
+        num_explained = self.num_faults + self.num_read_twice + len(stretches) + self._num_late
         return verifier.check_redone(stretches, num_explained)
 
     def kill(
@@ -147,9 +146,18 @@ class Kills:
         if what in ("child", "worker", "actor", "wave", "node", "head", "driver"):
             effort.COUNTS["kills survived"] += 1
 
-    def lose(self) -> None:
-        """From now on what is in no part may be done again, once."""
+    def crashed(self, driver: "subprocess.CompletedProcess[str]", num_late: int = 0) -> None:
+        """A driver that was told to die at a crash point did."""
+        assert driver.returncode == -signal.SIGKILL, f"the crash point did not fire: {driver.stderr}"
+        self.lose(num_late)
+        effort.COUNTS["kills survived"] += 1
+
+    def lose(self, num_late: int = CONCURRENCY) -> None:
+        """From now on what is in no part may be done again, once. What a process had asked for when it died may reach
+        the server a moment later: 0 where none was reading.
+        """
         self.staged.look()
+        self._num_late += num_late
         self._strikes.append((frozenset(self.staged.keys), self.reads()))
 
 
