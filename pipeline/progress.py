@@ -35,7 +35,8 @@ Stage = Literal["starting", "model", "decoding", "storage", "writing"]
 ADVICE: dict[Stage, str] = {
     "starting": "most of the time workers and models were starting: larger runs are faster per image",
     "model": "the model is the limit: more GPUs, or without any more CPU nodes, shorten the run",
-    "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not",
+    "decoding": "decoding is the limit: more CPU cores shorten the run, more GPUs do not; an image takes less of them"
+    " with --preprocess fast, whose vectors are a space of their own",
     "storage": "storage is the limit: more CPU nodes read more at once; look at region, endpoint and network",
     "writing": "writing parts is the limit: look at the output's region, endpoint and request limits",
 }
