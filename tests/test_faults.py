@@ -1,9 +1,12 @@
 """Storms of faults of every kind against reads, commits and listings: nothing wrong or lost, few requests more."""
 
+import contextlib
+import socket
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from servers import Fault, Kind, S3Server, Storm, put_quickly
@@ -43,6 +46,27 @@ def fill(s3: S3Server, bucket: str, num_objects: int) -> dict[str, bytes]:
 
 def listed(url: str) -> list[ObjectInfo]:
     return [info for page in storage.connect(url).list_pages() for info in page]
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_reset"), [("reset", True), ("answer_lost", True), ("cut", True), ("cut_fin", False)]
+)
+def test_a_client_sees_a_reset_where_one_is_meant_and_an_early_end_where_that_is(
+    s3: S3Server, bucket: str, faults: list[Fault], kind: Kind, is_reset: bool
+) -> None:
+    s3.client.put_object(Bucket=bucket[5:], Key="key", Body=bytes(1000))
+    signed = urlsplit(s3.client.generate_presigned_url("get_object", {"Bucket": bucket[5:], "Key": "key"}))
+    request = f"GET {signed.path}?{signed.query} HTTP/1.1\r\nHost: {signed.netloc}\r\n\r\n".encode()
+    for _ in range(5):
+        faults[:] = [Fault(kind, "GET", "/key", 1)]
+        found = b""
+        with socket.create_connection(("127.0.0.1", urlsplit(s3.url).port), timeout=10) as client:
+            client.sendall(request)
+            with pytest.raises(ConnectionResetError) if is_reset else contextlib.nullcontext():
+                while data := client.recv(100):
+                    found += data
+        assert is_reset or found.endswith(b"\r\n\r\n" + bytes(500))
+        assert faults[0].num_hits == 1
 
 
 @pytest.mark.slow
