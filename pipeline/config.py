@@ -60,8 +60,12 @@ def _location(value: str) -> str:
 
     Symbolic links stay: a link that moves to another folder every night is the same source every night.
     """
-    if re.search(r"://[^/@]*:[^/@]*@", value):
-        raise ValueError("expected a URL without credentials, found a password in it; use the store's own credentials")
+    # A password may hold a slash, so what tells it is a colon with anything but a port behind it, or where none can be.
+    if re.search(r"://[^/@]*:(?!\d*(?:/|$))|\bs3a?://[^/]*:", value):
+        raise ValueError(
+            "expected a URL without credentials, found a colon before its path, as before a password; use the store's"
+            " own credentials"
+        )
     if not value.strip() or "\0" in value:
         raise ValueError(f"expected a folder or a URL, found {value!r}")
     if "::" in value:
