@@ -32,14 +32,13 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pipeline.checkpoint import PreprocessMode
 from pipeline.decode import too_large
 from pipeline.errors import FailureKind, ImageError, LabelBucketError
 from pipeline.image_stats import ImageStats
 from pipeline.picture import Facts, Recipe, make_picture
-from pipeline.preprocess import preprocess
+from pipeline.preprocess import warm_up
 
 # A child for every core: one thread each, which also reserve address space of their own.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -237,8 +236,8 @@ class _Shared:
 
 @functools.lru_cache(maxsize=len(get_args(PreprocessMode)))
 def child_of(recipe: Recipe) -> Child:
-    """This worker's child for a recipe, kept because starting one takes half a second. A night has one recipe; an
-    evaluation goes through every preprocessing in each unit.
+    """This worker's child for a recipe, kept because starting one takes half a second, in mode `fast` two. A night has
+    one recipe; an evaluation goes through every preprocessing in each unit.
     """
     return Child(recipe)
 
@@ -248,8 +247,7 @@ def serve(fileno: int, memory_fileno: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with Connection(fileno) as pipe, contextlib.suppress(EOFError):
         recipe: Recipe = pickle.loads(pipe.recv_bytes())
-        # Loads what it needs, in mode `fast` torch: neither time nor memory of an image.
-        preprocess(Image.new("RGB", (1, 1)), recipe.spec)
+        warm_up(recipe.spec)
         shared = _Shared(memory_fileno, recipe)
         _limit_address_space(recipe.limits.max_address_bytes)
         pipe.send_bytes(b"ready")

@@ -10,6 +10,7 @@ nearly those of `checkpoint` for less work.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -82,6 +83,11 @@ def preprocess(
     else:
         resized = image.resize((width_px, height_px), spec.resample)
     return np.array(resized.crop((left, top, left + spec.crop_px, top + spec.crop_px)))
+
+
+def warm_up(spec: PreprocessSpec) -> None:
+    """Load what `preprocess` needs now, in mode `fast` torch, so that it is neither time nor memory of an image."""
+    preprocess(Image.new("RGB", (1, 1)), replace(spec, resize="squash", resize_hw_px=(1, 1), crop_px=None))
 
 
 def spec_from_config(config: Mapping[str, object], *, mode: PreprocessMode, input_px: int) -> PreprocessSpec:
@@ -206,9 +212,9 @@ def _is_for_torch(resized_size: tuple[int, int], spec: PreprocessSpec) -> bool:
 
 def _resize_by_torch(image: Image.Image, resized_size: tuple[int, int], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Nearly the pixels of Pillow's resize and crop, by the same filter, in a third of the time: torch's kernel for
-    uint8 is vectorized and has weights of 16 bits instead of 32 (tests/benchmarks/preprocess_modes.md).
+    uint8 is vectorized on x86 and has weights of 16 bits instead of 32 (tests/benchmarks/preprocess_modes.md).
     """
-    # Only here: it takes 1.2 s and 200 MB, of which a process that resizes exactly is spared.
+    # Only here: it takes 1.2 s and 130 MB of heap, of which a process that resizes exactly is spared.
     import torch
     from torch.utils.dlpack import from_dlpack
 
@@ -225,13 +231,15 @@ def _resize_by_torch(image: Image.Image, resized_size: tuple[int, int], spec: Pr
             mode=_TORCH_FILTERS[spec.resample],
             antialias=True,
         )
-    except RuntimeError as error:  # of its allocator
-        raise MemoryError(str(error)) from error
-    kept = resized[0, :3]
-    if spec.crop_px is not None:
-        left, top = (_crop_offset(edge_px, spec.crop_px, spec.mode) for edge_px in resized_size)
-        kept = kept[:, top : top + spec.crop_px, left : left + spec.crop_px]
-    pixels: npt.NDArray[np.uint8] = kept.permute(1, 2, 0).contiguous().numpy()
+        kept = resized[0, :3]
+        if spec.crop_px is not None:
+            left, top = (_crop_offset(edge_px, spec.crop_px, spec.mode) for edge_px in resized_size)
+            kept = kept[:, top : top + spec.crop_px, left : left + spec.crop_px]
+        pixels: npt.NDArray[np.uint8] = kept.permute(1, 2, 0).contiguous().numpy()
+    except RuntimeError as error:
+        if "allocate memory" in str(error):  # torch has no MemoryError
+            raise MemoryError(str(error)) from error
+        raise
     return pixels
 
 

@@ -103,7 +103,10 @@ def labeler(wanted: Settings, found: Checkpoint, *, batch_size: int | None = Non
         )
     named = checkpoint.space_id(found, wanted.spec, wanted.pooling, decode_rules_version=decode.DECODE_RULES_VERSION)
     if named[-8:] != wanted.space_id[-8:]:  # what stands before is the model's name, which may be another one here
-        raise ConflictError(f"expected settings that make the space {wanted.space_id}, found those that make {named}")
+        older = "; of mode fast it may be one of other rules than this version's" if wanted.spec.mode == "fast" else ""
+        raise ConflictError(
+            f"expected settings that make the space {wanted.space_id}, found those that make {named}{older}"
+        )
     return Labeler(
         model=found.source,
         revision=found.revision,

@@ -311,6 +311,27 @@ def test_an_image_that_takes_too_much_memory_is_its_own_failure(mode: Preprocess
     child.close()
 
 
+def test_an_image_for_whose_resize_memory_runs_out_is_its_own_failure() -> None:
+    spec = replace(squash_spec(512), mode="fast")  # 65,535 rows of 512 pixels, 134 MB, between its two passes
+    child = Child(Recipe(spec=spec, limits=replace(DEFAULT_LIMITS, max_address_bytes=2**26)))
+    check_it_still_works(child)
+    first = pid_of(child)
+    sink = io.BytesIO()
+    Image.new("RGB", (1, 65_535)).save(sink, "PNG")
+    assert kind_of(child, sink.getvalue()) is FailureKind.DECODE_OOM
+    check_it_still_works(child)
+    assert pid_of(child) == first
+    child.close()
+
+
+def test_only_a_child_of_mode_fast_loads_torch() -> None:
+    for mode in get_args(PreprocessMode):
+        child = Child(replace(RECIPE, spec=replace(RECIPE.spec, mode=mode)))
+        check_it_still_works(child)
+        assert ("libtorch" in Path(f"/proc/{pid_of(child)}/maps").read_text()) == (mode == "fast")
+        child.close()
+
+
 def test_a_child_ends_when_its_worker_does(child: Child) -> None:
     check_it_still_works(child)
     pid = pid_of(child)

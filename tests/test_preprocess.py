@@ -218,19 +218,22 @@ def test_fast_mode_gives_nearly_the_pixels_of_checkpoint_mode(name: str) -> None
 
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-def test_fast_mode_resizes_a_photo_as_pillow_does_but_for_rounding(resample: Image.Resampling) -> None:
+@pytest.mark.parametrize("name", ["deit 2021", "vit 2021", "shortest edge"])
+def test_fast_mode_resizes_as_pillow_does_but_for_rounding(
+    name: str, resample: Image.Resampling, photos: list[tuple[str, Image.Image]]
+) -> None:
+    config, input_px = CONFIGS[name]
     exact, fast = (
-        spec_from_config(DEIT_2021 | {"resample": int(resample)}, mode=mode, input_px=224)
+        spec_from_config(config | {"resample": int(resample)}, mode=mode, input_px=input_px)
         for mode in ("checkpoint", "fast")
     )
     num_different = 0
-    for name, path in images.bundled_photos().items():
-        photo = decode(path.read_bytes())
+    for photo_name, photo in photos:
         difference = np.abs(preprocess(photo, fast).astype(int) - preprocess(photo, exact))
-        assert difference.mean() < 0.1, name
-        assert (difference <= 1).mean() > 0.999, name
+        assert difference.max() <= 2, photo_name
+        assert difference.mean() < 0.3, photo_name
         num_different += bool(difference.any())
-    assert num_different > 0  # or it would be Pillow's, at Pillow's price
+    assert num_different > len(photos) / 4  # or it would be Pillow's, at Pillow's price
 
 
 def test_fast_mode_resizes_an_image_that_lies_in_memory_in_several_pieces() -> None:
