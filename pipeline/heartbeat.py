@@ -30,15 +30,18 @@ _log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def beating(output: Store, run_id: str) -> Iterator[None]:
-    """Leave signs of life until the block ends, and then one that says so."""
+    """Leave signs of life until the block ends, and then one that says so, unless storage took none the last time: in
+    an outage that would only make the end of the run later.
+    """
     ended = threading.Event()
-    _beat(output, run_id, 0)
+    is_left = _beat(output, run_id, 0)
 
     def beat_until_ended() -> None:
+        nonlocal is_left
         number = 0
         while not ended.wait(INTERVAL_S):
             number += 1
-            _beat(output, run_id, number)
+            is_left = _beat(output, run_id, number)
 
     thread = threading.Thread(target=beat_until_ended, name="heartbeat", daemon=True)
     thread.start()
@@ -47,7 +50,8 @@ def beating(output: Store, run_id: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(DEAD_AFTER_S)
-        _beat(output, run_id, -1)
+        if is_left and not thread.is_alive():
+            _beat(output, run_id, -1)
 
 
 def wait_for_other(output: Store, run_id: str, is_over: Callable[[], bool]) -> bool:
@@ -99,12 +103,15 @@ def _read(output: Store, run_id: str) -> dict[str, Any] | None:
         return None
 
 
-def _beat(output: Store, run_id: str, number: int) -> None:
+def _beat(output: Store, run_id: str, number: int) -> bool:
+    """Whether storage took it."""
     sign = {"host": socket.gethostname(), "pid": os.getpid(), "number": number}
     try:
         output.put(_key(run_id), json.dumps(sign).encode())
+        return True
     except SourceError as error:
         _log.warning("no sign of life could be left: %s", error)
+        return False
 
 
 def _key(run_id: str) -> str:

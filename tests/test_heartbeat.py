@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import wait_until
+from servers import Fault
 
 from pipeline import heartbeat, storage
 from pipeline.storage import Store
@@ -50,6 +51,13 @@ def test_signs_are_left_until_the_work_ends_and_the_last_one_says_so(output: Sto
         wait_until(lambda: sign(output) != first, deadline_s=10)
     assert sign(output)["number"] == -1
     assert waited_s(output) < 0.5
+
+
+def test_where_storage_took_no_sign_none_is_tried_at_the_end(bucket: str, faults: list[Fault]) -> None:
+    faults.append(refused := Fault.always(403, "PUT", "/heartbeat.json"))
+    with heartbeat.beating(storage.connect(f"{bucket}/out"), "run"):
+        pass
+    assert refused.num_hits == 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no json", b"[]", b'{"host": "a"}'])
