@@ -273,6 +273,7 @@ def _publish(
 
     num_files_of = zip(groups, in_order(start_layout, groups), strict=True)
     places = [(group, number) for group, num_files in num_files_of for number in range(num_files)]
+    crash_point("laid-out")
     for published in metered(in_order(start_file, places), "publishing files", len(places)):
         yield published
         crash_point("file-published")
@@ -306,6 +307,7 @@ def _publish_catalog(
                     f" {found}"
                 )
         listed += refs
+    crash_point("ranges-renewed")
     return catalog.write_manifest(output, claim.identity["space_id"], claim.run_id, listed)
 
 

@@ -72,11 +72,15 @@ class Head:
                 texts.append((Path("/proc") / str(pid) / "cmdline").read_text())
         return "\n".join(texts)
 
-    def log_files(self) -> list[Path]:
-        """Everything that the cluster and its workers logged."""
+    def log_folder(self) -> Path:
+        """Of the cluster and its workers."""
         words = self.command_lines().split("\0")
         (session,) = {word.partition("=")[2] for word in words if word.startswith("--session-dir=/tmp/ray/")}
-        return [path for path in (Path(session) / "logs").rglob("*") if path.is_file()]
+        return Path(session) / "logs"
+
+    def log_files(self) -> list[Path]:
+        """Everything that the cluster and its workers logged."""
+        return [path for path in self.log_folder().rglob("*") if path.is_file()]
 
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""

@@ -1,5 +1,5 @@
 """Kills and faults together: a run that is killed 25 times and more, on storage that fails all the time, publishes the
-rows of an undisturbed one. And two controls that the verifier must find wrong, or it would prove nothing.
+rows of an undisturbed one. That the verifier would find what is wrong is shown in test_verifier.py.
 """
 
 import re
@@ -120,6 +120,7 @@ def test_an_endless_outage_ends_the_run_in_bounded_time_and_the_same_command_fin
         assert took_s < 150
         assert num_asked <= 5 * took_s * NUM_ASKING
         assert verifier.entries(output) == []
+        assert verifier.check_ending(output, driver.returncode) == []
         kills.lose()
         kills.num_faults = outage.num_met("GET", kills.source_prefix)
         reads_before = kills.reads()

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,22 @@ class Cluster(NamedTuple):
     def log_files(self) -> list[Path]:
         """Of all nodes, which are on one machine."""
         return self.head.log_files()
+
+
+class Dying(NamedTuple):
+    """A cluster whose head dies, and the one that goes on."""
+
+    cluster: Cluster
+    logs: Path
+    head: Head
+
+    def rss_bytes(self) -> int:
+        """Of the largest process of both."""
+        return max(self.cluster.rss_bytes(), self.head.rss_bytes())
+
+    def log_files(self) -> list[Path]:
+        """Of both."""
+        return [*(path for path in self.logs.rglob("*") if path.is_file()), *self.head.log_files()]
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +156,16 @@ def test_a_worker_an_actor_a_wave_and_a_node_that_die_and_a_node_that_comes_late
 def test_a_head_that_dies_ends_the_run_and_the_same_command_finishes_it_on_another(
     cluster: Cluster, head: Head, source: Place, model: Path, undisturbed: Place, kills: Kills
 ) -> None:
-    with watched(kills, source, undisturbed, model, head, MAX_S):
+    both = Dying(cluster, cluster.head.log_folder(), head)
+    with watched(kills, source, undisturbed, model, both, MAX_S):
         with cluster.head.start_label_bucket(*options(source, kills, model)) as driver:
             kills.wait_for_work(driver.poll)
             kills.kill("head", lambda: [only(cluster.head.processes(""), "gcs_server")], driver)
             _, printed = driver.communicate(timeout=180)
         assert driver.returncode > 0, printed
+        assert verifier.check_ending(kills.output, driver.returncode) == []
         assert "Traceback" not in printed
+        assert not any(secret in printed for secret in kills.secrets)
         kills.lose()
         assert verifier.entries(kills.output) == []
         done = head.label_bucket(*options(source, kills, model)[:-1], "--gpu-actors=1")
@@ -166,6 +186,7 @@ def test_a_job_that_is_stopped_says_so_and_the_same_command_finishes_it(
         s3.storm = None
         assert "Job 'stopped' was stopped" in head.job("status", "stopped").stdout
         wait_until(lambda: not head.processes(PREPARING) and not head.processes(LABELING))
+        assert verifier.check_ending(kills.output, 143) == []
         kills.lose()
         assert verifier.entries(kills.output) == []
         assert "stopped; the same command resumes" in head.job("logs", "stopped").stdout
@@ -231,6 +252,7 @@ def test_an_actor_that_runs_out_of_memory_goes_on_with_less_at_once_and_says_so(
         with head.start_label_bucket(*flags, "--output", plenty.url) as driver:
             while driver.poll() is None:
                 needed_bytes = max([needed_bytes, *map(_vm_bytes, head.processes(LABELING))])
+                time.sleep(0.1)
         assert driver.returncode == 0
         assert needed_bytes > 0
         # Of every process that the node starts from now on: the others at times need more than they did, too.

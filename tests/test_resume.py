@@ -1,4 +1,4 @@
-"""SIGKILL of the driver between any two writes of the protocol, then the same command."""
+"""SIGKILL of the driver at points between the writes of the protocol, then the same command."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cluster import ROOT, Head, wait_until
-from kills import LABELING, WAVE, Kills, fill_with_pictures, label_undisturbed, watched
+from kills import DECODING, LABELING, PREPARING, WAVE, Kills, fill_with_pictures, label_undisturbed, watched
 from servers import Fault, S3Server, put_quickly
 from verifier import Place
 
@@ -31,19 +31,20 @@ CRASH_POINTS = (
     "part-committed:2",
     "labeled",
     "publish-sealed",
-    "catalog-published",
 )
 """Of a first night. The others of a commit are tried on a second one, which has deletions and a catalog before it."""
-SECOND_NIGHT_CRASH_POINTS = (
-    "publish-sealed",
-    "file-published",
-    "file-published:2",
-    "deletions-published",
-    "catalog-published",
-    "committed",
-)
-"""Each writes one more of these than the one before it."""
 PUBLISHED_FOLDERS = ("labels", "failures", "deletions", "_catalog", "_log")
+SECOND_NIGHT_CRASH_POINTS = {
+    "publish-sealed": 0,
+    "laid-out": 0,
+    "file-published": 1,
+    "file-published:2": 2,
+    "deletions-published": 3,
+    "ranges-renewed": 4,
+    "catalog-published": 4,
+    "committed": 5,
+}
+"""And how many of PUBLISHED_FOLDERS hold something of that night by then."""
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def undisturbed(head: Head, source: str, model: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", CRASH_POINTS)
-def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
+def test_a_driver_killed_between_two_writes_leaves_no_process_and_is_resumed_to_identical_rows(
     head: Head, s3: S3Server, source: str, model: str, undisturbed: str, point: str
 ) -> None:
     output = f"{source.removesuffix('/in')}/{point.replace(':', '-')}"
@@ -87,7 +88,7 @@ def test_a_driver_killed_between_any_two_writes_is_resumed_to_identical_rows(
     kills = Kills(s3, *places)
     with watched(kills, places[0], places[2], Path(model), head, max_s=200):
         killed = head.label_bucket(*options, crash_at=point)
-        wait_until(lambda: not head.processes(WAVE))
+        wait_until(lambda: not any(map(head.processes, (WAVE, LABELING, PREPARING, DECODING))))
         kills.crashed(killed, num_late=CONCURRENCY if point.startswith("part-committed") else 0)
         parts = published.parts(output)
         assert (len(parts) > 0) == (CRASH_POINTS.index(point) >= CRASH_POINTS.index("part-committed"))
@@ -142,7 +143,7 @@ def test_a_driver_killed_while_it_publishes_a_second_night_is_resumed_to_identic
     with watched(kills, source, undisturbed, Path(model), head, max_s=200):
         kills.crashed(head.label_bucket(*options, crash_at=point))
         written = {key.split("/")[0] for key in output.etags().keys() - before.etags().keys() if ".claim." not in key}
-        assert written == {"_runs", *PUBLISHED_FOLDERS[: SECOND_NIGHT_CRASH_POINTS.index(point)]}
+        assert written == {"_runs", *PUBLISHED_FOLDERS[: SECOND_NIGHT_CRASH_POINTS[point]]}
 
         finished = head.label_bucket(*options)
         assert finished.returncode == 0, finished.stderr
@@ -247,15 +248,19 @@ def test_a_driver_whose_run_was_abandoned_meanwhile_publishes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every_writer_wins", [False, True])
 def test_two_live_drivers_of_one_run_that_see_no_sign_of_each_other_end_in_one_exact_result(
-    head: Head, s3: S3Server, source: str, model: str, undisturbed: str, faults: list[Fault]
+    head: Head, s3: S3Server, source: str, model: str, undisturbed: str, faults: list[Fault], every_writer_wins: bool
 ) -> None:
-    output = f"{source.removesuffix('/in')}/two-drivers"
-    options = ("--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--object-deadline-s=120")
+    output = f"{source.removesuffix('/in')}/two-drivers-{every_writer_wins}"
+    options = ["--input", source, "--output", output, "--model", model, "--gpu-actors=1", "--object-deadline-s=120"]
     places = [Place(url, s3.client) for url in (source, output, undisturbed)]
     kills = Kills(s3, *places)
     faults.append(Fault.always(403, "PUT", "/heartbeat.json"))
     faults.append(held := Fault.always(503, "GET", max(places[0].etags())))  # its unit stays in flight
+    if every_writer_wins:
+        options.append("--single-writer")
+        faults += [Fault.always("unconditional", "PUT", suffix) for suffix in (".parquet", ".json")]
 
     def all_others_are_done() -> bool:
         return kills.staged.look() == 4
@@ -331,6 +336,7 @@ def test_a_second_night_with_other_weights_than_the_folder_had_is_a_clear_error(
     assert published.keys(output) == before
 
 
+@pytest.mark.slow
 def test_a_stopped_driver_says_so_and_the_same_command_resumes(
     head: Head, s3: S3Server, source: str, model: str, undisturbed: str
 ) -> None:
@@ -379,6 +385,7 @@ def test_a_run_over_its_failure_budget_publishes_nothing_and_a_larger_budget_con
     assert published.entries(output)[0]["counts"]["failed"] == 60
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_ends_the_run_with_its_own_exit_code_and_one_line(
     head: Head, source: str, model: str, tmp_path: Path
 ) -> None:
@@ -391,16 +398,6 @@ def test_an_error_of_a_worker_ends_the_run_with_its_own_exit_code_and_one_line(
     assert ended.returncode == 3, ended.stderr
     assert f"{chunk.name}: not found" in ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_a_killed_driver_leaves_no_process_of_its_wave_behind(
-    head: Head, source: str, model: str, tmp_path: Path
-) -> None:
-    options = ("--input", source, "--output", str(tmp_path / "out"), "--model", model, "--gpu-actors=1")
-    with head.start_label_bucket(*options) as driver:
-        actor, wave = head.pid_of(LABELING), head.pid_of(WAVE)
-        driver.kill()
-    wait_until(lambda: not Path(f"/proc/{wave}").exists() and not Path(f"/proc/{actor}").exists(), deadline_s=30)
 
 
 STOPPED_IN_A_DESTRUCTOR = """

@@ -105,6 +105,7 @@ def run_round(head: Head, s3: S3Server, source: Place, undisturbed: Place, model
         *verifier.check_labels(output, source, model, 10),
         *reader.findings,
         *kills.check_redone(),
+        *verifier.check_logs(head.log_files(), s3.secrets),
         *([] if kills.counts else ["nothing was killed"]),
         *verifier.check_bounds(reader.peak_bytes, took_s, max_bytes=2**30, max_s=1500),
     ]
