@@ -416,12 +416,19 @@ def _in_little_memory(
     return pickle.loads(into.read_bytes()) if into.exists() else [], done.stderr
 
 
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> npt.NDArray[np.int32]:
+    """The labels of an actor that has memory enough."""
+    ((labels, sizes),), error = _in_little_memory(tmp_path_factory.mktemp("plenty"), 64, 0)
+    assert sizes == [64, 64], error
+    return labels
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_calls", [1, 2])
 def test_an_actor_that_runs_out_of_memory_halves_its_micro_batches_and_labels_every_image(
-    tmp_path: Path, num_calls: int
+    tmp_path: Path, num_calls: int, plenty: npt.NDArray[np.int32]
 ) -> None:
-    ((plenty, sizes),), error = _in_little_memory(tmp_path, 64, 0)
-    assert sizes == [64, 64], error
     little, error = _in_little_memory(tmp_path, 64, 60 * 2**20, num_calls)
     assert len(little) == num_calls, error
     assert error.count("out of memory with 64 images per forward pass: going on with 32") == 1
