@@ -189,7 +189,8 @@ def _is_crop_exact(size: tuple[int, int], spec: PreprocessSpec) -> bool:
 
 def _resize_into_crop(image: Image.Image, resized_size: tuple[int, int], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Only the pixels that the crop keeps: resized by the same filter, from the same places, in one step."""
-    crop_px = spec.crop_px or spec.input_px
+    crop_px = spec.crop_px
+    assert crop_px is not None
     box: list[float] = []
     for edge_px, resized_px in zip(image.size, resized_size, strict=True):
         offset_px = _crop_offset(resized_px, crop_px, spec.mode)

@@ -80,7 +80,7 @@ class Head:
 
     def log_files(self) -> list[Path]:
         """Everything that the cluster and its workers logged."""
-        return [path for path in self.log_folder().rglob("*") if path.is_file()]
+        return files_below(self.log_folder())
 
     def label_bucket(self, *arguments: str, crash_at: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run `python jobs/label_bucket.py` to its end as a driver of this head."""
@@ -246,6 +246,11 @@ def processes(session: int, title: str) -> list[int]:
                     if title in command:
                         found.append(int(folder.name))
     return found
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All of them, at any depth."""
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def only(pids: Sequence[int], program: str) -> int:

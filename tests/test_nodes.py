@@ -15,7 +15,7 @@ from typing import NamedTuple
 import checkpoints
 import pytest
 import verifier
-from cluster import Head, Node, only, running_head, wait_until
+from cluster import Head, Node, files_below, only, running_head, wait_until
 from kills import LABELING, PREPARING, WAVE, Kills, fill_with_pictures, first, is_dead, label_undisturbed, watched
 from servers import Fault, S3Server, Storm
 from verifier import Place
@@ -60,7 +60,7 @@ class Dying(NamedTuple):
 
     def log_files(self) -> list[Path]:
         """Of both."""
-        return [*(path for path in self.logs.rglob("*") if path.is_file()), *self.head.log_files()]
+        return [*files_below(self.logs), *self.head.log_files()]
 
 
 @pytest.fixture(scope="module")
